@@ -1,0 +1,13 @@
+"""Storage of backups: one interface, several kinds, wrappers around them."""
+
+from proxy.remotes.interface import (
+    Entry,
+    FileReader,
+    FileStat,
+    FileWriter,
+    Lock,
+    Remote,
+    RemoteInfo,
+)
+
+__all__ = ["Entry", "FileReader", "FileStat", "FileWriter", "Lock", "Remote", "RemoteInfo"]

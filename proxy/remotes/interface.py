@@ -1,0 +1,147 @@
+"""What every remote can do, whatever it is made of.
+
+Paths are POSIX, relative to the remote's root; a leading ``/`` is accepted and means the
+same.  They are normalised before use and can never leave the root.  All methods raise the
+classes of :mod:`proxy.errors`: ``NotFound`` (``ENOENT``), ``Conflict`` (``EEXIST``,
+``ENOTEMPTY``), ``Refused`` (``ENOSPC``, ``EROFS``, ``EACCES``, ``EPERM``), ``Unreachable``.
+
+On cancel every method ends with no partial effect that its contract rules out: an atomic
+write either happened or did not, and leaves no temporary file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteInfo:
+    """Space on the remote in bytes; ``None`` where the remote has no such notion."""
+
+    size: int | None = None
+    used: int | None = None
+    available: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a directory."""
+
+    name: str
+    is_dir: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """``mtime`` is seconds since the epoch."""
+
+    size: int
+    mtime: float
+    is_dir: bool
+
+
+class FileWriter(Protocol):
+    """A file being written under a temporary name; see :meth:`Remote.create`."""
+
+    temporary_path: str
+    """Where the bytes are until commit, for validation before it."""
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Append.  The buffer may be reused when this returns.  Not for concurrent use."""
+        ...
+
+    async def commit(self) -> None:
+        """Make the bytes durable (fsync) and give the file its final name.
+
+        Raises ``Conflict`` when the name is taken and the writer was opened exclusive.
+        Without a call to this, leaving the ``async with`` removes every byte written.
+        """
+        ...
+
+
+class FileReader(Protocol):
+    size: int
+
+    async def read_into(self, buffer: memoryview) -> int:
+        """Fill ``buffer`` from the current position; fewer bytes only at the end, then 0."""
+        ...
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``; fewer only past the end."""
+        ...
+
+
+class Lock(Protocol):
+    async def check(self) -> None:
+        """Raise ``Busy`` if the lock was lost; call right before each destructive step."""
+        ...
+
+
+class Remote(Protocol):
+    """One backup repository's storage.  Safe for concurrent use by many tasks."""
+
+    url: str
+    """As given, without credentials: for messages."""
+    is_encrypted: bool
+    is_immutable: bool
+    """Files cannot be renamed or replaced once written: no temporary names, no cache."""
+    use_vhd_directory: bool
+
+    async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
+        """The whole content.  ``Corrupt`` when it is larger than ``limit`` bytes."""
+        ...
+
+    async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        """Replace or create the file atomically and durably, making parent directories.
+
+        ``exclusive`` raises ``Conflict`` (``EEXIST``) when it exists.
+        """
+        ...
+
+    def create(
+        self, path: str, *, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[FileWriter]:
+        """Write a large file: bytes go to ``.<ms>.<name>`` beside it until ``commit``."""
+        ...
+
+    def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]: ...
+
+    async def list(self, path: str) -> list[Entry]:
+        """Sorted by name.  ``NotFound`` when the directory is missing; never a partial list."""
+        ...
+
+    async def stat(self, path: str) -> FileStat: ...
+
+    async def rename(self, old: str, new: str) -> None:
+        """Replace ``new`` by ``old``, durably."""
+        ...
+
+    async def unlink(self, path: str, *, missing_ok: bool = True) -> None: ...
+
+    async def mktree(self, path: str) -> None: ...
+
+    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None: ...
+
+    async def rmtree(self, path: str) -> None: ...
+
+    def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
+        """Hold ``<path>.lock`` (upstream's lock directory).
+
+        Waits up to ``wait`` seconds, then raises ``Busy`` naming the holder when known.
+        ``owner`` says who we are (the run's task id) in the other side's message.  Released
+        on leaving, also on cancel.
+        """
+        ...
+
+    async def info(self) -> RemoteInfo: ...
+
+    async def aclose(self) -> None: ...
+
+    def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
+        """Every file below ``path`` with its full path."""
+        ...

@@ -1,0 +1,1 @@
+"""Ground floor: threads, deadlines, buffers, secrets, HTTP connections.  Knows no backup."""

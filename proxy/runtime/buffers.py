@@ -1,0 +1,75 @@
+"""Reused blocks of memory, counted: what bounds the memory of every transfer.
+
+A transfer owns one :class:`BufferPool`.  The reader acquires a buffer, fills it, and hands
+it to one or more consumers; when the last of them releases it, it goes back to the pool and
+wakes a waiting reader.  Nothing is copied or joined on the way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import trio
+
+BLOCK = 2 * 1024 * 1024
+"""Bytes in one buffer: also the block of every virtual disk format in use here."""
+
+
+class Buffer:
+    """``length`` valid bytes at the start of ``memory``; shared by ``holders`` consumers."""
+
+    __slots__ = ("_holders", "_pool", "length", "memory")
+
+    def __init__(self, pool: BufferPool, size: int) -> None:
+        self._pool = pool
+        self._holders = 0
+        self.memory = memoryview(bytearray(size))
+        self.length = 0
+
+    @property
+    def view(self) -> memoryview:
+        """The valid bytes.  Must not be used after the last :meth:`release`."""
+        return self.memory[: self.length]
+
+    def share(self, holders: int) -> None:
+        """Say how many consumers will call :meth:`release` (one after :meth:`BufferPool.acquire`)."""
+        self._holders = holders
+
+    def release(self) -> None:
+        """This consumer is done; the last one gives the memory back.  Never blocks."""
+        assert self._holders > 0, "released more often than shared"
+        self._holders -= 1
+        if self._holders == 0:
+            self._pool.put_back(self)
+
+
+class BufferPool:
+    """At most ``count`` buffers of ``size`` bytes, allocated when first needed."""
+
+    def __init__(self, count: int, size: int = BLOCK) -> None:
+        self.size = size
+        self.count = count
+        self._made = 0
+        self._free: deque[Buffer] = deque()
+        self._semaphore = trio.Semaphore(count, max_value=count)
+
+    async def acquire(self) -> Buffer:
+        """Wait for a free buffer.  On cancel nothing is taken."""
+        await self._semaphore.acquire()
+        if self._free:
+            buffer = self._free.pop()
+        else:
+            buffer = Buffer(self, self.size)
+            self._made += 1
+        buffer.length = 0
+        buffer.share(1)
+        return buffer
+
+    def put_back(self, buffer: Buffer) -> None:
+        self._free.append(buffer)
+        self._semaphore.release()
+
+    @property
+    def in_use(self) -> int:
+        """Buffers that are neither free nor unmade."""
+        return self._made - len(self._free)

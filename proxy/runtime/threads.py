@@ -1,0 +1,75 @@
+"""The one way to run blocking work: a worker thread, counted per kind of work.
+
+A hop costs about 80 µs, so callers hand over units of at least 256 KiB.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+import contextlib
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Work(enum.Enum):
+    """A kind of blocking work; the value is how many threads it may use at once."""
+
+    DISK = 16
+    CPU = 4
+    JOURNAL = 1
+    NETWORK = 32
+    """Bulk reads and writes of TLS sockets, and name look-ups."""
+
+
+_limiters: trio.lowlevel.RunVar[dict[Work, trio.CapacityLimiter]] = trio.lowlevel.RunVar("limiters")
+_inline: trio.lowlevel.RunVar[bool] = trio.lowlevel.RunVar("inline", default=False)
+
+
+def limiter(work: Work) -> trio.CapacityLimiter:
+    """The limiter of ``work`` in this ``trio.run``; its ``statistics()`` show the load."""
+    try:
+        limiters = _limiters.get()
+    except LookupError:
+        limiters = {}
+        _limiters.set(limiters)
+    if work not in limiters:
+        limiters[work] = trio.CapacityLimiter(work.value)
+    return limiters[work]
+
+
+async def in_thread(
+    work: Work, function: Callable[..., T], *args: object, abandon: bool = False
+) -> T:
+    """Run ``function(*args)`` in a worker thread and return what it returns.
+
+    On cancel the call waits for the function to end, so that a half-done write is never
+    left running behind its owner; with ``abandon=True`` it returns at once and the thread's
+    result is dropped: only for reads without effects.
+    """
+    if _inline.get():
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+    return await trio.to_thread.run_sync(
+        function, *args, abandon_on_cancel=abandon, limiter=limiter(work)
+    )
+
+
+@contextlib.contextmanager
+def inline_threads() -> Iterator[None]:
+    """Run blocking work in the calling task, for tests on a virtual clock.
+
+    Trio's autojump clock sees a task that waits for a thread as idle and fires deadlines.
+    """
+    token = _inline.set(True)
+    try:
+        yield
+    finally:
+        _inline.reset(token)
