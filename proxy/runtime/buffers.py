@@ -32,7 +32,7 @@ class Buffer:
         return self.memory[: self.length]
 
     def share(self, holders: int) -> None:
-        """Say how many consumers will call :meth:`release` (one after :meth:`BufferPool.acquire`)."""
+        """Say how many consumers will call :meth:`release`; one after ``acquire``."""
         self._holders = holders
 
     def release(self) -> None:
