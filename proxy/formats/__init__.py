@@ -1,0 +1,1 @@
+"""Codecs of formats and protocols: bytes in, values out, no I/O."""
