@@ -11,11 +11,14 @@ write either happened or did not, and leaves no temporary file.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from proxy.errors import ProxyError
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
 
@@ -95,6 +98,22 @@ class Remote(Protocol):
     async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
         """The whole content.  ``Corrupt`` when it is larger than ``limit`` bytes."""
         ...
+
+    async def read_files(
+        self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+    ) -> Sequence[bytes | ProxyError]:
+        """The content of many small files, in the order of ``paths``.
+
+        A file that cannot be read gives its error in its place, so that one bad file does
+        not hide the others.  Remotes whose calls are expensive do it in one go.
+        """
+        contents: deque[bytes | ProxyError] = deque()  # ``list`` is the method here
+        for path in paths:
+            try:
+                contents.append(await self.read_file(path, limit=limit))
+            except ProxyError as error:
+                contents.append(error)
+        return contents
 
     async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         """Replace or create the file atomically and durably, making parent directories.
