@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from proxy.config.check import ConfigError, Problem
 from proxy.config.layers import Places
+from proxy.config.live import LiveConfig
 from proxy.config.loading import Loaded, load
 from proxy.config.schema import (
     ApiConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "HttpConfig",
     "ListenConfig",
+    "LiveConfig",
     "Loaded",
     "LogsConfig",
     "MetadataConfig",

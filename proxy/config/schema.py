@@ -160,10 +160,10 @@ class TasksConfig(Section, frozen=True):
 
     max_finished: AtLeastOne = 10_000
     """Finished root tasks kept; the oldest go first."""
-    max_age: Seconds = Seconds(31 * 86400)
+    max_age: Seconds = Seconds(93 * 86400)
     """Finished tasks older than this are dropped."""
-    max_size: Bytes = Bytes(1024**3)
-    """Size of the journal file above which old finished tasks are dropped."""
+    keep_deleted: AtLeastOne = 10_000
+    """Deletions remembered for clients that follow events."""
 
 
 class Config(Section, frozen=True):
