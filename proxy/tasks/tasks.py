@@ -1,0 +1,267 @@
+"""The daemon's tasks: starting them, finding, cancelling and forgetting them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import structlog
+import trio
+
+from proxy.errors import Canceled, Conflict, NoSuchObject
+from proxy.runtime.threads import Work, in_thread
+from proxy.tasks.feed import EventPage, Feed
+from proxy.tasks.journal import Journal
+from proxy.tasks.task import Run, Task
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+_log = structlog.get_logger("tasks")
+
+_PAGE = 100
+_PRUNE_EVERY = 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JournalLimits:
+    """How much finished work is remembered."""
+
+    keep: int = 10_000
+    max_age: float = 93 * 86400.0
+    """Seconds; three months, as long as somebody may ask what happened that night."""
+    keep_deleted: int = 10_000
+
+
+class Tasks:
+    """Every run of this daemon, live and remembered.  Made by :func:`open_tasks`."""
+
+    def __init__(self, journal: Journal, nursery: trio.Nursery, limits: JournalLimits) -> None:
+        self._journal = journal
+        self._nursery = nursery
+        self._limits = limits
+        self._feed = Feed(journal)
+        self._runs: dict[str, Run] = {}
+
+    # -- starting ----------------------------------------------------------------------------
+
+    def start(
+        self,
+        name: str,
+        properties: dict[str, Any],
+        work: Callable[[Task], Awaitable[Any]],
+        *,
+        nursery: trio.Nursery | None = None,
+    ) -> Task:
+        """Begin a root task in the daemon's nursery and return it at once.
+
+        What ``work`` returns becomes its result, what it raises its failure; nothing of it
+        reaches the nursery.  ``name`` stands first in the root's properties, where XO
+        expects it.
+        """
+        run = Run(self._feed.changed, lambda: self._runs.pop(task.id, None))
+        task = Task(run, None, {"name": name, **properties})
+        self._runs[task.id] = run
+        (nursery or self._nursery).start_soon(self._work, task, work, name=f"{name} {task.id}")
+        return task
+
+    async def _work(self, task: Task, work: Callable[[Task], Awaitable[Any]]) -> None:
+        try:
+            with task.running():
+                task.result = await work(task)
+        except Canceled:
+            _log.info("task canceled", task=task.id, name=task.name)
+        except Exception as error:  # noqa: BLE001  the log of the task holds it; siblings go on
+            _log.warning("task failed", task=task.id, name=task.name, error=str(error))
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def live(self, task_id: str) -> Task | None:
+        """The task itself while its run is in memory: root or subtask."""
+        for run in self._runs.values():
+            if task_id in run.tasks:
+                return run.tasks[task_id]
+        return None
+
+    async def get(self, task_id: str) -> msgspec.Raw:
+        """The Task object, encoded.  Subtasks are found while their run is live."""
+        task = self.live(task_id)
+        if task is not None:
+            return msgspec.Raw(task.snapshot())
+        row = await in_thread(Work.JOURNAL, self._journal.get, task_id)
+        if row is None:
+            raise NoSuchObject("task", task_id)
+        return msgspec.Raw(row.snapshot)
+
+    async def list(
+        self,
+        *,
+        limit: int | None = None,
+        status: str | None = None,
+        job_id: str | None = None,
+        since: int | None = None,
+    ) -> AsyncIterator[msgspec.Raw]:
+        """Root tasks, newest first, read in pages; ``since`` is a start time in ms."""
+        await self._feed.flush(everything=True)
+        before: tuple[int, str] | None = None
+        left = limit
+        while left is None or left > 0:
+            size = _PAGE if left is None else min(_PAGE, left)
+            rows = await in_thread(
+                Work.JOURNAL,
+                partial(
+                    self._journal.newest,
+                    before=before,
+                    limit=size,
+                    status=status,
+                    job=job_id,
+                    since=since,
+                ),
+            )
+            for row in rows:
+                yield msgspec.Raw(row.snapshot)
+            if len(rows) < size:
+                return
+            before = (rows[-1].start, rows[-1].id)
+            if left is not None:
+                left -= size
+
+    async def events(self, token: str, timeout: float) -> EventPage:
+        """See :meth:`proxy.tasks.feed.Feed.events`."""
+        return await self._feed.events(token, timeout)
+
+    def watch(self, task: Task) -> AsyncIterator[bytes]:
+        """The log records of a run that :meth:`start` returned, from the first to the last."""
+        return task.log.watch()
+
+    # -- ending ------------------------------------------------------------------------------
+
+    async def cancel(self, task_id: str, reason: str = "canceled by request") -> None:
+        """Ask a pending task (root or subtask) to stop; returns at once.
+
+        Raises ``NoSuchObject`` for an unknown id and ``Conflict`` for a finished task;
+        cancelling twice is fine.
+        """
+        task = self.live(task_id)
+        if task is None:
+            row = await in_thread(Work.JOURNAL, self._journal.get, task_id)
+            if row is None:
+                raise NoSuchObject("task", task_id)
+        if task is None or not task.pending:
+            raise Conflict(
+                f"task {task_id} is already finished, there is nothing to cancel",
+                code="EFINISHED",
+                data={"id": task_id},
+            )
+        task.cancel(reason)
+
+    async def destroy(self, task_id: str) -> None:
+        """Forget a finished root task; its event says ``del``.
+
+        Raises ``Conflict`` while it is pending, ``NoSuchObject`` when unknown.
+        """
+        task = self.live(task_id)
+        if task is not None:
+            if task.parent is not None:
+                raise Conflict(
+                    f"task {task_id} is part of {self._root_id(task)}: destroy that one",
+                    code="ESUBTASK",
+                    data={"id": task_id},
+                )
+            if task.pending:
+                raise Conflict(
+                    f"task {task_id} is still pending: cancel it first",
+                    code="EPENDING",
+                    data={"id": task_id},
+                )
+            await self._feed.flush(everything=True)
+        await self._forget(task_id)
+
+    async def _forget(self, task_id: str) -> None:
+        row = await in_thread(Work.JOURNAL, self._journal.get, task_id)
+        if row is None:
+            raise NoSuchObject("task", task_id)
+        gone: dict[str, Any] = {
+            "id": row.id,
+            "start": row.start,
+            "end": row.ended,
+            "status": row.status,
+            "data": {},
+        }
+        await self._feed.store(
+            dataclasses.replace(row, deleted=True, snapshot=msgspec.json.encode(gone))
+        )
+
+    @staticmethod
+    def _root_id(task: Task) -> str:
+        while task.parent is not None:
+            task = task.parent
+        return task.id
+
+    async def _prune(self) -> None:
+        """Forget old tasks now and then."""
+        while True:
+            oldest = int((time.time() - self._limits.max_age) * 1000)
+            for task_id in await in_thread(
+                Work.JOURNAL, self._journal.forget_old, self._limits.keep, oldest
+            ):
+                with contextlib.suppress(NoSuchObject):
+                    await self._forget(task_id)
+            await in_thread(Work.JOURNAL, self._journal.compact, self._limits.keep_deleted)
+            await trio.sleep(_PRUNE_EVERY)
+
+    def release_waiters(self) -> None:
+        """Let every ``event.from`` answer now: the daemon stops."""
+        self._feed.close()
+
+    def statistics(self) -> dict[str, int]:
+        return {"live": len(self._runs), **self._feed.statistics()}
+
+    async def recover(self) -> None:
+        """Give an end to what an earlier life of the daemon left pending."""
+        now = int(time.time() * 1000)
+        interrupted = await in_thread(Work.JOURNAL, self._journal.interrupt_pending, now)
+        for row in interrupted:
+            _log.warning("task was interrupted by the end of the daemon", task=row.id)
+        self._feed = Feed(self._journal)  # its numbers go on after those just given
+
+    async def run_background(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._feed.run_flusher)
+            nursery.start_soon(self._prune)
+
+    async def flush(self) -> None:
+        """Write everything that is not written yet."""
+        await self._feed.flush(everything=True)
+
+
+@contextlib.asynccontextmanager
+async def open_tasks(
+    path: str, nursery: trio.Nursery, limits: JournalLimits | None = None
+) -> AsyncIterator[Tasks]:
+    """Open the journal and run the feed while the block lasts.
+
+    Roots run in ``nursery``, which the caller owns and ends before leaving this block.
+    Tasks that an earlier life left pending become ``interrupted``.  On leaving, also on
+    cancel, the last changes are written.
+    """
+    journal = await in_thread(Work.JOURNAL, Journal.open, path)
+    tasks = Tasks(journal, nursery, limits or JournalLimits())
+    try:
+        await tasks.recover()
+        async with trio.open_nursery() as background:
+            background.start_soon(tasks.run_background)
+            try:
+                yield tasks
+            finally:
+                tasks.release_waiters()
+                background.cancel_scope.cancel("the daemon stops")
+                with trio.CancelScope(shield=True), trio.move_on_after(10):
+                    await tasks.flush()
+    finally:
+        with trio.CancelScope(shield=True):
+            await in_thread(Work.JOURNAL, journal.close)

@@ -1,0 +1,26 @@
+"""What every test folder shares."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+
+def _on_virtual_clock(function: Any, *args: Any, **options: Any) -> Any:
+    options["clock"] = trio.testing.MockClock(autojump_threshold=0)
+    return trio.run(function, *args, **options)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``virtual_clock`` runs a test's Trio loop on a clock that jumps over idle time.
+
+    Such a test uses no real thread and no socket: Trio would see the wait as idleness.
+    """
+    for item in items:
+        function = getattr(item, "obj", None)
+        if item.get_closest_marker("virtual_clock") and inspect.iscoroutinefunction(function):
+            item.add_marker(pytest.mark.trio(run=_on_virtual_clock), append=False)
