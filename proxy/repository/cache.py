@@ -244,6 +244,12 @@ def _decode_entries(
     return missing
 
 
+async def cached_count(remote: Remote, vm_uuid: str) -> int | None:
+    """How many backups the cache speaks of; ``None`` when there is no usable cache."""
+    entries = await _cached_entries(remote, f"{vm_directory(vm_uuid)}/{CACHE_NAME}")
+    return None if entries is None else len(entries)
+
+
 async def _cached_entries(remote: Remote, path: str) -> dict[str, msgspec.Raw] | None:
     data = await _read_packed(remote, path)
     if data is None:

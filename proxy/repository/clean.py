@@ -1,0 +1,202 @@
+"""Removing what no backup needs from a VM directory, without ever guessing.
+
+Three things go: temporary files of dead writers, data without metadata, and metadata whose
+data is gone.  Everything else stays, above all what could not be read: metadata that does
+not parse, of an unknown mode, or that the storage failed to give protects the data of its
+name; a directory that cannot be listed ends the clean with nothing removed.
+The disks of delta backups (``vdis``) are not looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from proxy.errors import NotFound, ProxyError
+from proxy.repository.cache import cached_count, read_directory, refresh_cache
+from proxy.repository.paths import CACHE_NAME, is_metadata_name, vm_directory, xva_name
+from proxy.repository.xva_check import is_valid_xva
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from proxy.remotes.interface import Lock, Remote
+    from proxy.repository.cache import Directory
+    from proxy.repository.metadata import Backup
+
+    Warn = Callable[[str, dict[str, Any]], None]
+    """Takes a warning's message and its data (JSON values)."""
+
+_log = structlog.get_logger(__name__)
+
+ORPHAN_AGE = 3600.0
+"""Seconds for which a file must not have changed before it can be an orphan.
+
+The lock of the directory already says that nobody writes; this covers storages without
+locks and a writer that lost its lock and does not know yet."""
+
+_DATA = re.compile(r"(?P<stem>[0-9]{8}T[0-9]{6}Z)\.xva(\.checksum)?")
+# Written as `.<ms>.<name>` by Xen Orchestra and as `.<ms>.<name>.tmp` by this daemon.
+_TEMPORARY = re.compile(
+    r"\.[0-9]{13}\.([0-9]{8}T[0-9]{6}Z\.(json|xva|xva\.checksum)|cache\.json\.gz)(\.tmp)?"
+)
+
+
+async def clean_vm(
+    remote: Remote,
+    vm_uuid: str,
+    *,
+    lock: Lock,
+    warn: Warn,
+    min_age: float = ORPHAN_AGE,
+    now: Callable[[], float] = time.time,
+) -> dict[str, Any]:
+    """Clean the directory of ``vm_uuid``, whose ``lock`` the caller holds.
+
+    Returns Xen Orchestra's result of a clean: ``{"merge": False, "size": 0}`` (nothing is
+    merged here).  ``warn`` gets Xen Orchestra's messages.  A file that cannot be removed is
+    a warning; an error of the directory itself and a lost lock (``Busy``) are raised.  May
+    be stopped anywhere and run again.
+    """
+    found = await read_directory(remote, vm_uuid, use_cache=False)
+    clean = _Clean(remote, vm_uuid, found, lock, warn)
+    await clean.check_cache()
+    for name, error in found.unreadable.items():
+        warn(f"Issue loading {name}", {"error": error.message, "path": clean.path(name)})
+    for backup in found.backups:
+        await clean.check_backup(backup)
+    for name in clean.orphans():
+        await clean.remove_orphan(name, older_than=now() - min_age)
+    try:
+        await refresh_cache(remote, vm_uuid)
+    except ProxyError as error:
+        _log.warning("the listing cache is not up to date", vm=vm_uuid, error=error.message)
+    return {"merge": False, "size": 0}
+
+
+class _Clean:
+    """One clean of one directory."""
+
+    def __init__(
+        self, remote: Remote, vm_uuid: str, found: Directory, lock: Lock, warn: Warn
+    ) -> None:
+        self._remote = remote
+        self._vm_uuid = vm_uuid
+        self._directory = vm_directory(vm_uuid)
+        self._found = found
+        self._names = frozenset(found.names)
+        self._lock = lock
+        self._warn = warn
+
+    def path(self, name: str) -> str:
+        return f"{self._directory}/{name}"
+
+    async def check_cache(self) -> None:
+        if self._remote.is_immutable or CACHE_NAME not in self._names:
+            return
+        actual = await cached_count(self._remote, self._vm_uuid)
+        expected = len(self._found.backups)
+        if actual is not None and actual != expected:
+            self._warn(
+                "unexpected number of entries in backup cache",
+                {"path": self.path(CACHE_NAME), "actual": actual, "expected": expected},
+            )
+
+    async def check_backup(self, backup: Backup) -> None:
+        """Warn of what is wrong with a full backup; remove it when its data is gone."""
+        name = backup.id.rpartition("/")[2]
+        if backup.mode == "delta":
+            return
+        xva = xva_name(backup.xva)
+        if backup.mode != "full" or xva is None:
+            self._warn(
+                f"Issue loading {name}",
+                {"error": "unknown mode or no data named", "mode": backup.mode, "path": backup.id},
+            )
+            return
+        size = int(backup.size) if backup.size is not None else None
+        try:
+            valid = await is_valid_xva(self._remote, self.path(xva), size=size)
+        except NotFound as error:
+            await self._data_missing(backup, xva, error)
+            return
+        except ProxyError as error:
+            self._warn("Issue while checking XVA", {"error": error.message, "path": self.path(xva)})
+            return
+        checksum = f"{xva}.checksum"
+        if not self._remote.is_encrypted and checksum not in self._names:
+            self._warn(
+                "Checksum file not valid, not blocking",
+                {"error": f"ENOENT: no such file or directory, open '{self.path(checksum)}'"},
+            )
+        if not valid:
+            self._warn("XVA might be broken", {"path": self.path(xva)})
+            files = [self.path(each) for each in (name, xva, checksum) if each in self._names]
+            self._warn("This files may be corrupted but not yet to be removed", {"files": files})
+
+    async def _data_missing(self, backup: Backup, xva: str, error: NotFound) -> None:
+        """Only when listing and look-up agree, and nothing but the name itself is missing."""
+        if xva in self._names or error.code != "ENOENT":
+            self._warn("Issue while checking XVA", {"error": error.message, "path": self.path(xva)})
+            return
+        self._warn("XVA is missing", {"path": self.path(xva)})
+        if self._remote.is_immutable:
+            return  # the storage promised to keep the data: it is the look-up that is wrong
+        if await self._remove(backup.id):
+            await self._remove(self.path(f"{xva}.checksum"))
+
+    def orphans(self) -> list[str]:
+        """Names that no metadata explains: temporary files and data of missing metadata."""
+        needed = {xva_name(backup.xva) for backup in self._found.backups}
+        needed |= {
+            name.removesuffix(".json") + ".xva" for name in self._names if is_metadata_name(name)
+        }
+        return [name for name in sorted(self._names) if self._is_orphan(name, needed)]
+
+    @staticmethod
+    def _is_orphan(name: str, needed: Iterable[str | None]) -> bool:
+        data = _DATA.fullmatch(name)
+        if data is not None:
+            return f"{data['stem']}.xva" not in needed
+        return _TEMPORARY.fullmatch(name) is not None
+
+    async def remove_orphan(self, name: str, *, older_than: float) -> None:
+        try:
+            stat = await self._remote.stat(self.path(name))
+        except NotFound:
+            return
+        except ProxyError as error:
+            self._failed(self.path(name), error)
+            return
+        if stat.is_dir or stat.mtime > older_than:
+            return
+        data = _DATA.fullmatch(name)
+        if data is not None and await self._may_exist(self.path(f"{data['stem']}.json")):
+            return
+        await self._remove(self.path(name))
+
+    async def _may_exist(self, path: str) -> bool:
+        """Asked again right before its data is removed; any doubt says yes."""
+        try:
+            await self._remote.stat(path)
+        except NotFound as error:
+            return error.code != "ENOENT"
+        except ProxyError:
+            return True
+        return True
+
+    async def _remove(self, path: str) -> bool:
+        await self._lock.check()
+        try:
+            await self._remote.unlink(path)
+        except ProxyError as error:
+            self._failed(path, error)
+            return False
+        return True
+
+    def _failed(self, path: str, error: ProxyError) -> None:
+        name = path.rpartition("/")[2]
+        self._warn(f"Issue removing {name}", {"error": error.message, "path": path})
