@@ -1,5 +1,6 @@
 """Storage of backups: one interface, several kinds, wrappers around them."""
 
+from proxy.remotes.factory import RemoteOptions, open_remote, opened_remote
 from proxy.remotes.interface import (
     Entry,
     FileReader,
@@ -10,4 +11,15 @@ from proxy.remotes.interface import (
     RemoteInfo,
 )
 
-__all__ = ["Entry", "FileReader", "FileStat", "FileWriter", "Lock", "Remote", "RemoteInfo"]
+__all__ = [
+    "Entry",
+    "FileReader",
+    "FileStat",
+    "FileWriter",
+    "Lock",
+    "Remote",
+    "RemoteInfo",
+    "RemoteOptions",
+    "open_remote",
+    "opened_remote",
+]

@@ -27,6 +27,8 @@ class Work(enum.Enum):
     JOURNAL = 1
     NETWORK = 32
     """Bulk reads and writes of TLS sockets, and name look-ups."""
+    LOCK = 8
+    """Refreshing the locks of remotes: must never queue behind data for their 10 seconds."""
 
 
 _limiters: trio.lowlevel.RunVar[dict[Work, trio.CapacityLimiter]] = trio.lowlevel.RunVar("limiters")

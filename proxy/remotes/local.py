@@ -1,0 +1,296 @@
+"""The remote that is a directory: of this machine, or where NFS or SMB is mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from typing import TYPE_CHECKING
+
+import trio
+
+from proxy.errors import Conflict, NotFound, ProxyError, Refused
+from proxy.remotes import paths, posix
+from proxy.remotes.lock import hold
+from proxy.runtime.deadlines import deadline, undo_within
+from proxy.runtime.threads import Work, in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.remotes.interface import (
+        Entry,
+        FileReader,
+        FileStat,
+        FileWriter,
+        Lock,
+        RemoteInfo,
+    )
+
+_UNDO_SECONDS = 30
+_FILES_PER_HOP = 32
+_CLEAR_ROUNDS = 3
+"""How often a directory is emptied again when somebody fills it while it is removed."""
+
+
+class LocalRemote:
+    """See :class:`proxy.remotes.interface.Remote` for the contract.
+
+    Made by :meth:`open`.  New directories get ``directory_mode``, files 0644 less the umask.
+    Symbolic links below the root are never followed (:mod:`proxy.remotes.posix`).
+    """
+
+    is_encrypted = False
+
+    def __init__(
+        self,
+        root: posix.Root,
+        *,
+        url: str,
+        is_immutable: bool = False,
+        use_vhd_directory: bool = False,
+    ) -> None:
+        self._root = root
+        self.url = url
+        self.is_immutable = is_immutable
+        self.use_vhd_directory = use_vhd_directory
+
+    @classmethod
+    async def open(
+        cls,
+        directory: str,
+        *,
+        url: str,
+        is_immutable: bool = False,
+        use_vhd_directory: bool = False,
+        directory_mode: int = 0o700,
+        seconds: float = 30,
+    ) -> LocalRemote:
+        """Make ``directory`` when missing and check it; a bad one is an error at once.
+
+        A file system that does not answer is ``Unreachable`` (``ETIMEDOUT``) after
+        ``seconds``.  On cancel nothing stays open.
+        """
+        root = posix.Root(directory, directory_mode=directory_mode)
+        try:
+            with deadline("opening the remote", seconds):
+                # abandoned, it closes what it opened: see Root.open
+                await in_thread(Work.DISK, root.open, abandon=True)
+        except BaseException:
+            root.close()
+            raise
+        return cls(root, url=url, is_immutable=is_immutable, use_vhd_directory=use_vhd_directory)
+
+    async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
+        return await in_thread(Work.DISK, self._root.read_file, path, limit)
+
+    async def read_files(
+        self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+    ) -> Sequence[bytes | ProxyError]:
+        """Many files per thread hop, which costs more than reading a small file."""
+        contents: deque[bytes | ProxyError] = deque()
+        for first in range(0, len(paths), _FILES_PER_HOP):
+            batch = paths[first : first + _FILES_PER_HOP]
+            contents.extend(await in_thread(Work.DISK, self._read_batch, batch, limit))
+        return contents
+
+    def _read_batch(self, paths: Sequence[str], limit: int) -> Sequence[bytes | ProxyError]:
+        contents: deque[bytes | ProxyError] = deque()  # ``list`` is a method here
+        for path in paths:
+            try:
+                contents.append(self._root.read_file(path, limit))
+            except ProxyError as error:
+                contents.append(error)
+        return contents
+
+    async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        def write() -> None:
+            self._root.write_file(path, data, exclusive=exclusive, in_place=self.is_immutable)
+
+        await in_thread(Work.DISK, write)
+
+    def create(
+        self, path: str, *, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[FileWriter]:
+        return self._create(path, exclusive=exclusive)
+
+    @contextlib.asynccontextmanager
+    async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
+        file = posix.NewFile(self._root, path, exclusive=exclusive, in_place=self.is_immutable)
+        try:
+            await in_thread(Work.DISK, file.open)
+            yield _Writer(file)
+        except BaseException as error:
+            try:
+                await _discard(file)
+            except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
+                error.add_note(f"and its temporary file is left behind: {undo}")
+            raise
+        else:
+            await _discard(file)
+
+    def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
+        return self._open_read(path)
+
+    @contextlib.asynccontextmanager
+    async def _open_read(self, path: str) -> AsyncIterator[FileReader]:
+        descriptor, size = await in_thread(Work.DISK, self._root.open_file, path)
+        try:
+            yield _Reader(self._root, paths.normalise(path), descriptor, size)
+        finally:
+            os.close(descriptor)  # opened for reading: nothing to wait for
+
+    async def list(self, path: str) -> list[Entry]:
+        return await in_thread(Work.DISK, self._root.entries, path)
+
+    async def stat(self, path: str) -> FileStat:
+        return await in_thread(Work.DISK, self._root.stat, path)
+
+    async def rename(self, old: str, new: str) -> None:
+        if self.is_immutable:
+            raise Refused(
+                f"EPERM: '{old}' cannot be renamed on an immutable remote",
+                code="EPERM",
+                data={"path": old},
+            )
+        await in_thread(Work.DISK, self._root.rename, old, new)
+
+    async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
+        try:
+            await in_thread(Work.DISK, self._root.unlink, path)
+        except NotFound as error:
+            if not (missing_ok and error.code == "ENOENT"):
+                raise
+
+    async def mktree(self, path: str) -> None:
+        await in_thread(Work.DISK, self._root.mktree, path)
+
+    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
+        try:
+            await in_thread(Work.DISK, self._root.rmdir, path)
+        except NotFound as error:
+            if not (missing_ok and error.code == "ENOENT"):
+                raise
+
+    async def rmtree(self, path: str) -> None:
+        """One directory per step, so that a cancel takes effect between two."""
+        if not paths.normalise(path):
+            raise Refused(
+                "EBUSY: the root of a remote cannot be removed", code="EBUSY", data={"path": "/"}
+            )
+        try:
+            if not (await self.stat(path)).is_dir:
+                raise Conflict(
+                    f"ENOTDIR: not a directory, rmtree '{path}'",
+                    code="ENOTDIR",
+                    data={"path": path},
+                )
+            await self._remove(paths.normalise(path))
+        except NotFound as error:
+            if error.code != "ENOENT":
+                raise
+
+    async def _remove(self, top: str) -> None:
+        # (directory, times it was emptied); depth first without recursion: a hostile
+        # remote may nest deeper than the interpreter's stack
+        pending = [(top, 0)]
+        while pending:
+            directory, rounds = pending.pop()
+            try:
+                if rounds:
+                    await in_thread(Work.DISK, self._root.rmdir, directory)
+                    continue
+            except Conflict:
+                if rounds > _CLEAR_ROUNDS:
+                    raise
+            except NotFound as error:
+                if error.code != "ENOENT":
+                    raise
+                continue
+            try:
+                below = await in_thread(Work.DISK, self._root.clear, directory)
+            except NotFound as error:
+                if error.code != "ENOENT":
+                    raise
+                continue
+            pending.append((directory, rounds + 1))
+            pending.extend((name, 0) for name in below)
+
+    def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
+        return hold(self._root, path, owner=owner, wait=wait)
+
+    async def info(self) -> RemoteInfo:
+        return await in_thread(Work.DISK, self._root.info, abandon=True)
+
+    async def aclose(self) -> None:
+        """Idempotent.  Operations under way finish; later ones are ``Unreachable``."""
+        await trio.lowlevel.checkpoint()
+        self._root.close()
+
+    async def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
+        """Files only, each directory in one step.  What appears or vanishes below ``path``
+        meanwhile may or may not be seen; any other failure is raised, never skipped."""
+        top = paths.normalise(path)
+        pending = [top]
+        while pending:
+            directory = pending.pop()
+            try:
+                found = await in_thread(Work.DISK, self._root.list_with_stat, directory)
+            except NotFound as error:
+                if directory == top or error.code != "ENOENT":
+                    raise
+                continue
+            below: list[str] = []
+            for name, status in found:
+                full = paths.join(directory, name)
+                if status.is_dir:
+                    below.append(full)
+                else:
+                    yield full, status
+            pending.extend(reversed(below))
+
+
+async def _discard(file: posix.NewFile) -> None:
+    with undo_within(f"removing the temporary file of '{file.path}'", _UNDO_SECONDS):
+        # abandoned on a remote that hangs: it removes only what nobody else knows
+        await in_thread(Work.DISK, file.discard, abandon=True)
+
+
+class _Writer:
+    def __init__(self, file: posix.NewFile) -> None:
+        self._file = file
+        self.temporary_path = file.temporary_path
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await in_thread(Work.DISK, self._file.write, data)
+
+    async def commit(self) -> None:
+        await in_thread(Work.DISK, self._file.sync)
+        # a cancel that came during the fsync, which may be long, is heard here
+        await in_thread(Work.DISK, self._file.publish)
+
+
+class _Reader:
+    def __init__(self, root: posix.Root, path: str, descriptor: int, size: int) -> None:
+        self.size = size
+        self._root = root
+        self._path = path
+        self._descriptor = descriptor
+        self._position = 0
+
+    async def read_into(self, buffer: memoryview) -> int:
+        def read() -> int:
+            with self._root.translated("read", self._path):
+                return posix.read_into(self._descriptor, self._position, buffer)
+
+        count = await in_thread(Work.DISK, read)
+        self._position += count
+        return count
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        def read() -> bytes:
+            with self._root.translated("read", self._path):
+                return posix.read_at(self._descriptor, offset, length)
+
+        return await in_thread(Work.DISK, read)
