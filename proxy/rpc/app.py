@@ -1,0 +1,69 @@
+"""The Quart-Trio application: the API's endpoint, and ordinary routes beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import trio
+from quart import Response
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from proxy.rpc.auth import Authenticator
+from proxy.rpc.endpoint import SECURITY_HEADERS, Endpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy.config import ApiConfig
+    from proxy.rpc.auth import TokenStore
+    from proxy.rpc.context import Services
+    from proxy.rpc.registry import Registry
+
+API_PATHS = frozenset({"/api/v1", "/api/v1/"})
+
+
+class App(QuartTrio):
+    """Serves the API at ``/api/v1``; everything else goes through Quart's routes."""
+
+    def __init__(self, endpoint: Endpoint, stopping: trio.Event) -> None:
+        super().__init__("proxy.rpc", static_folder=None)
+        self._endpoint = endpoint
+        self.stopping = stopping
+        """Set when the server begins to stop; calls that only wait then end."""
+        # a stream may last as long as a backup
+        self.config["RESPONSE_TIMEOUT"] = None
+        self.config["BODY_TIMEOUT"] = None
+        self.after_request(_secure)
+        self.register_error_handler(HTTPException, _as_text)
+
+    async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] in API_PATHS:
+            await self._endpoint(scope, receive, send)
+        else:
+            await super().asgi_app(scope, receive, send)
+
+
+def create_app(
+    services: Services,
+    registry: Registry,
+    tokens: TokenStore,
+    settings: Callable[[], ApiConfig],
+) -> App:
+    """The application; needs a running Trio, makes no task and opens nothing.
+
+    ``settings`` is asked at every call, so that a reload takes effect.
+    """
+    stopping = trio.Event()
+    authenticator = Authenticator(tokens, grace=lambda: settings().token_grace)
+    return App(Endpoint(services, registry, authenticator, settings, stopping), stopping)
+
+
+async def _secure(response: Response) -> Response:
+    for name, value in SECURITY_HEADERS:
+        response.headers.setdefault(name.decode(), value.decode())
+    return response
+
+
+async def _as_text(error: HTTPException) -> Response:
+    return Response(error.name, error.code, content_type="text/plain; charset=utf-8")

@@ -1,0 +1,222 @@
+"""``POST /api/v1``: one JSON-RPC call per request, at the level of ASGI.
+
+A call costs as little as possible here: XO's health checks and listings are many and small.
+Whoever serves this must cancel it when its client goes away, as :mod:`proxy.rpc.connection`
+does; calls that change something run in the daemon's nursery and are not touched by that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import trio
+
+from proxy.errors import Refused
+from proxy.rpc.context import Context
+from proxy.rpc.envelope import Malformed, describe, failure, parse
+from proxy.rpc.replies import Reply, answer_now, answer_when_ready
+from proxy.runtime.secrets import remember_in
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from proxy.config import ApiConfig
+    from proxy.rpc.auth import Authenticator
+    from proxy.rpc.context import Services
+    from proxy.rpc.registry import Method, Registry
+    from proxy.rpc.replies import Headers, Send
+
+    Receive = Callable[[], Awaitable[Any]]
+
+logger = structlog.get_logger(__name__)
+
+SECURITY_HEADERS: Headers = [
+    (
+        b"content-security-policy",
+        (
+            b"default-src 'self';base-uri 'self';block-all-mixed-content;"
+            b"font-src 'self' https: data:;"
+            b"frame-ancestors 'self';img-src 'self' data:;object-src 'none';script-src 'self';"
+            b"script-src-attr 'none';style-src 'self' https: 'unsafe-inline';"
+            b"upgrade-insecure-requests"
+        ),
+    ),
+    (b"x-dns-prefetch-control", b"off"),
+    (b"expect-ct", b"max-age=0"),
+    (b"x-frame-options", b"SAMEORIGIN"),
+    (b"strict-transport-security", b"max-age=15552000; includeSubDomains"),
+    (b"x-download-options", b"noopen"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-permitted-cross-domain-policies", b"none"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-xss-protection", b"0"),
+]
+_REASONS = {
+    200: b"",
+    401: b"Unauthorized",
+    405: b"Method Not Allowed",
+    408: b"Request Timeout",
+    413: b"Payload Too Large",
+    501: b"Not Implemented",
+}
+_KNOWN_VERBS = {"GET", "HEAD", "PUT", "PATCH", "DELETE"}
+
+
+class Endpoint:
+    """Answers the API's URL.  Safe for any number of concurrent calls."""
+
+    def __init__(
+        self,
+        services: Services,
+        registry: Registry,
+        authenticator: Authenticator,
+        settings: Callable[[], ApiConfig],
+        stopping: trio.Event,
+    ) -> None:
+        self._services = services
+        self._registry = registry
+        self._authenticator = authenticator
+        self._settings = settings
+        self._stopping = stopping
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        verb = scope["method"]
+        if verb != "POST":
+            status = 200 if verb == "OPTIONS" else 405 if verb in _KNOWN_VERBS else 501
+            await _plain(send, status, (b"allow", b"POST"))
+            return
+        headers: Headers = scope["headers"]
+        token = self._authenticator.accepts(headers)
+        if token is None:
+            await _plain(send, 401)
+            return
+        settings = self._settings()
+        body = await self._read(headers, receive, settings)
+        if body is None:
+            return
+        if isinstance(body, int):
+            await _plain(send, body, (b"connection", b"close"))
+            return
+        reply = Reply(send, functools.partial(self._headers, token))
+        await self._answer(body, reply, settings)
+
+    def _headers(self, token: bytes) -> Headers:
+        news = self._authenticator.news_for(token)
+        return SECURITY_HEADERS if news is None else [*SECURITY_HEADERS, (b"set-cookie", news)]
+
+    async def _read(
+        self, headers: Headers, receive: Receive, settings: ApiConfig
+    ) -> bytes | bytearray | int | None:
+        """The body; or the status that refuses it; or ``None`` when the client left."""
+        limit = settings.max_body_size
+        for name, value in headers:
+            if name == b"content-length" and int(value) > limit:
+                return 413
+        body = bytearray()
+        with trio.CancelScope() as scope:
+            while True:
+                if settings.body_timeout > 0:
+                    scope.deadline = trio.current_time() + settings.body_timeout
+                event = await receive()
+                if event["type"] != "http.request":
+                    return None
+                body += event["body"]
+                if len(body) > limit:
+                    return 413
+                if not event["more_body"]:
+                    return body
+        return 408
+
+    async def _answer(self, body: bytes | bytearray, reply: Reply, settings: ApiConfig) -> None:
+        try:
+            call = parse(body)
+        except Malformed as error:
+            await reply.finish(failure(error.identity, error))
+            return
+        try:
+            method = self._registry[call.method]
+            if method.carries_secrets:
+                remember_in(call.params)
+            params = method.read_params(call.params)
+        except Exception as error:  # noqa: BLE001  the client is told
+            await reply.finish(failure(call.identity, error))
+            return
+        context = Context(
+            services=self._services,
+            settings=settings,
+            registry=self._registry,
+            authenticator=self._authenticator,
+            stopping=self._stopping,
+        )
+        work = functools.partial(method.function, context, params)
+        if not method.waits:
+            await answer_now(reply, call.identity, work)
+            return
+        if method.changes:
+            work = functools.partial(self._in_daemon, method, work)
+        await answer_when_ready(reply, call.identity, settings.keep_alive_interval, work)
+
+    async def _in_daemon(self, method: Method, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Run ``work`` in the daemon's nursery and wait for it.
+
+        A cancel of this call (its client left) ends the waiting, not the work.
+        """
+        put, outcome = trio.open_memory_channel["tuple[Any, Exception | None]"](1)
+        try:
+            self._services.nursery.start_soon(_detached, method.name, work, put)
+        except RuntimeError as error:
+            raise _stopping() from error
+        with outcome:
+            try:
+                result, failed = await outcome.receive()
+            except trio.EndOfChannel as error:
+                raise _stopping() from error
+        if failed is not None:
+            raise failed
+        return result
+
+
+def _stopping() -> Refused:
+    return Refused("the daemon is stopping: call again when it is back", code="ESHUTDOWN")
+
+
+async def _detached(
+    name: str,
+    work: Callable[[], Awaitable[Any]],
+    put: trio.MemorySendChannel[tuple[Any, Exception | None]],
+) -> None:
+    with put:
+        result: Any = None
+        failed: Exception | None = None
+        try:
+            result = await work()
+        except Exception as error:  # noqa: BLE001  it is handed to the caller
+            failed = error
+        try:
+            put.send_nowait((result, failed))
+        except trio.BrokenResourceError:
+            if failed is not None:
+                logger.warning(
+                    "call failed after its client left", method=name, error=describe(failed)
+                )
+            elif hasattr(result, "aclose"):
+                await result.aclose()
+
+
+async def _plain(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
+    text = _REASONS[status]
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"content-length", b"%d" % len(text)),
+                *headers,
+                *SECURITY_HEADERS,
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": text})

@@ -1,0 +1,16 @@
+"""The methods, a file per namespace, in the order in which they are listed."""
+
+from __future__ import annotations
+
+from proxy.rpc.methods import appliance, authentication, event, remote, system, task, test
+from proxy.rpc.registry import Registry
+
+
+def standard(*more: Registry) -> Registry:
+    """Every method of this room, and ``more`` (those that other rooms define)."""
+    registry = Registry()
+    for module in (system, test, appliance, authentication, remote, event, task):
+        registry.include(module.methods)
+    for methods in more:
+        registry.include(methods)
+    return registry

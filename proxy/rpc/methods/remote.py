@@ -1,0 +1,60 @@
+"""``remote.*``: does a backup repository answer, how fast, how full is it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from proxy.repository.totals import total_backup_size
+from proxy.rpc.registry import Params, Registry
+
+if TYPE_CHECKING:
+    from proxy.rpc.context import Context
+
+methods = Registry()
+
+
+class RemoteParams(Params):
+    """XO sends ``{remote: {url, options?, …}}``; ``{url, options?}`` alone is taken as well."""
+
+    remote: dict[str, Any]
+
+    @classmethod
+    def normalise(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {"remote": given} if "url" in given and "remote" not in given else given
+
+
+@methods.method(
+    "remote.getInfo",
+    RemoteParams,
+    result={
+        "type": "object",
+        "properties": {
+            "size": {"type": "integer"},
+            "used": {"type": "integer"},
+            "available": {"type": "integer"},
+        },
+    },
+)
+async def get_info(context: Context, params: RemoteParams) -> dict[str, int]:
+    """Bytes; what the remote cannot tell is left out."""
+    async with context.services.remote(params.remote) as remote:
+        info = dataclasses.asdict(await remote.info())
+    return {name: value for name, value in info.items() if value is not None}
+
+
+@methods.method("remote.ping", RemoteParams, result={"type": "object"})
+async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
+    """Opening the remote is the test: it is mounted and written to."""
+    async with context.services.remote(params.remote):
+        return {"success": True}
+
+
+@methods.method(
+    "remote.getTotalBackupSize",
+    RemoteParams,
+    result={"type": "object", "properties": {"onDisk": {"type": "integer"}}},
+)
+async def get_total_backup_size(context: Context, params: RemoteParams) -> dict[str, int]:
+    async with context.services.remote(params.remote) as remote:
+        return {"onDisk": await total_backup_size(remote)}
