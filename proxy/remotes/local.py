@@ -12,6 +12,7 @@ import trio
 from proxy.errors import Conflict, NotFound, ProxyError, Refused
 from proxy.remotes import paths, posix
 from proxy.remotes.lock import hold
+from proxy.remotes.new_file import NewFile, write_whole
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.threads import Work, in_thread
 
@@ -106,7 +107,7 @@ class LocalRemote:
 
     async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         def write() -> None:
-            self._root.write_file(path, data, exclusive=exclusive, in_place=self.is_immutable)
+            write_whole(self._root, path, data, exclusive=exclusive, in_place=self.is_immutable)
 
         await in_thread(Work.DISK, write)
 
@@ -117,7 +118,7 @@ class LocalRemote:
 
     @contextlib.asynccontextmanager
     async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
-        file = posix.NewFile(self._root, path, exclusive=exclusive, in_place=self.is_immutable)
+        file = NewFile(self._root, path, exclusive=exclusive, in_place=self.is_immutable)
         try:
             await in_thread(Work.DISK, file.open)
             yield _Writer(file)
@@ -251,14 +252,14 @@ class LocalRemote:
             pending.extend(reversed(below))
 
 
-async def _discard(file: posix.NewFile) -> None:
+async def _discard(file: NewFile) -> None:
     with undo_within(f"removing the temporary file of '{file.path}'", _UNDO_SECONDS):
         # abandoned on a remote that hangs: it removes only what nobody else knows
         await in_thread(Work.DISK, file.discard, abandon=True)
 
 
 class _Writer:
-    def __init__(self, file: posix.NewFile) -> None:
+    def __init__(self, file: NewFile) -> None:
         self._file = file
         self.temporary_path = file.temporary_path
 

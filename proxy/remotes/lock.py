@@ -37,7 +37,7 @@ import trio
 
 from proxy.errors import Busy, ProxyError, Refused, Unreachable
 from proxy.remotes import paths
-from proxy.remotes.posix import rename_no_replace
+from proxy.remotes.new_file import rename_no_replace
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
 

@@ -1,0 +1,227 @@
+"""A file that is written: hidden until all its bytes are durable, then under its name.
+
+Blocking, as :mod:`proxy.remotes.posix`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+from proxy.errors import Corrupt
+from proxy.remotes import paths
+from proxy.remotes.posix import UNSUPPORTED, sync_directory
+
+if TYPE_CHECKING:
+    from proxy.remotes.posix import Root
+
+_FILE_MODE = 0o644
+_WINDOW = 16 * 1024 * 1024
+"""Bytes between two starts of write-back; at most two windows are dirty at any time."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_RENAME_NOREPLACE = 1
+_SYNC_START, _SYNC_AND_WAIT = 2, 7
+
+
+def write_whole(
+    root: Root, path: str, data: bytes | memoryview, *, exclusive: bool, in_place: bool
+) -> None:
+    """The whole life of a :class:`NewFile`, with nothing left of it on failure."""
+    file = NewFile(root, path, exclusive=exclusive, in_place=in_place)
+    try:
+        file.open()
+        file.write(data)
+        file.sync()
+        file.publish()
+    finally:
+        file.discard()
+
+
+class NewFile:
+    """A file from its first byte to its final name.  For one thread at a time.
+
+    ``in_place`` is for remotes whose files cannot be renamed: the bytes go to the final name
+    at once, which must be free.  :meth:`discard` may be called at any time, more than once.
+    """
+
+    def __init__(self, root: Root, path: str, *, exclusive: bool, in_place: bool) -> None:
+        self.path = paths.normalise(path)
+        self.temporary_path = self.path
+        self._root = root
+        self._exclusive = exclusive
+        self._in_place = in_place
+        self._stack = contextlib.ExitStack()
+        self._directory: int | None = None
+        self._name = paths.name(path)
+        self._written_name = self._name
+        self._descriptor: int | None = None
+        self._size = 0
+        self._started = 0
+        self._settled = 0
+        self._early_writeback = True
+        self._exists = False
+        self._synced = False
+
+    def open(self) -> None:
+        with self._root.translated("open", self.path):
+            here, _ = self._stack.enter_context(self._root.parent(self.path, create=True))
+            self._directory = here
+            if self._in_place:
+                self._create(here, self._name)
+                return
+            if self._exclusive:  # said early, before a day of transfer; publish() is what decides
+                self._refuse_taken(here)
+            milliseconds = time.time_ns() // 1_000_000
+            while True:
+                try:
+                    self._create(here, paths.temporary_name(self._name, milliseconds))
+                except FileExistsError:
+                    milliseconds += 1
+                else:
+                    return
+
+    def _refuse_taken(self, here: int) -> None:
+        try:
+            os.lstat(self._name, dir_fd=here)
+        except FileNotFoundError:
+            return
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    def _create(self, here: int, name: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(name, flags, _FILE_MODE, dir_fd=here)
+        self._written_name, self._exists = name, True
+        self.temporary_path = paths.join(paths.parent(self.path), name)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of ``data``.
+
+        Write-back starts early and the cache is given back behind it: measured twice as
+        fast as leaving it all to the last fsync, which then takes no time, and a backup
+        larger than the memory does not push everything else out of it.
+        """
+        assert self._descriptor is not None, "not open"
+        self._synced = False
+        with self._root.translated("write", self.path):
+            rest = memoryview(data).cast("B")
+            while rest:
+                written = os.write(self._descriptor, rest)
+                self._size += written
+                rest = rest[written:]
+            if self._early_writeback and self._size - self._started >= _WINDOW:
+                self._write_back(self._descriptor)
+
+    def _write_back(self, descriptor: int) -> None:
+        start, self._started = self._started, self._size
+        if not _sync_range(descriptor, start, self._size - start, _SYNC_START):
+            self._early_writeback = False
+            return
+        settled, self._settled = self._settled, start
+        if start > settled:
+            _sync_range(descriptor, settled, start - settled, _SYNC_AND_WAIT)
+            os.posix_fadvise(descriptor, settled, start - settled, os.POSIX_FADV_DONTNEED)
+
+    def sync(self) -> None:
+        """Make the bytes durable and check that the file has them all.
+
+        After a failed fsync the kernel calls the lost pages clean and a second one succeeds:
+        the file is closed for good, and :meth:`publish` refuses.
+        """
+        assert self._descriptor is not None, "not open"
+        descriptor = self._descriptor
+        with self._root.translated("fsync", self.path):
+            try:
+                os.fsync(descriptor)
+                size = os.fstat(descriptor).st_size
+            finally:
+                self._descriptor = None
+                os.close(descriptor)  # NFS reports the last write errors here
+        if size != self._size:
+            raise Corrupt(
+                f"'{self.path}' has {size} bytes after {self._size} were written",
+                data={"path": self.path, "size": size, "expected": self._size},
+            )
+        self._synced = True
+
+    def publish(self) -> None:
+        """Give the file its final name, durably; only after :meth:`sync`."""
+        assert self._synced, "published before its bytes are durable"
+        assert self._directory is not None, "not open"
+        with self._root.translated("rename", self.path):
+            if not self._in_place:
+                if self._exclusive:
+                    _rename_to_free_name(self._directory, self._written_name, self._name)
+                else:
+                    os.rename(
+                        self._written_name,
+                        self._name,
+                        src_dir_fd=self._directory,
+                        dst_dir_fd=self._directory,
+                    )
+            self._exists = False  # no longer ours to remove
+            sync_directory(self._directory)
+
+    def discard(self) -> None:
+        """Close, and unlink what was not published."""
+        try:
+            if self._descriptor is not None:
+                descriptor, self._descriptor = self._descriptor, None
+                with contextlib.suppress(OSError):  # its bytes are thrown away
+                    os.close(descriptor)
+            if self._exists and self._directory is not None:
+                with self._root.translated("unlink", self.temporary_path):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self._written_name, dir_fd=self._directory)
+                    self._exists = False
+        finally:
+            self._directory = None
+            self._stack.close()
+
+
+def _sync_range(descriptor: int, offset: int, length: int, flags: int) -> bool:
+    """``sync_file_range``; false when this file system has no such thing.
+
+    Its errors are final: having been told once, fsync does not report them again.
+    """
+    done = _libc.sync_file_range(
+        ctypes.c_int(descriptor),
+        ctypes.c_int64(offset),
+        ctypes.c_int64(length),
+        ctypes.c_uint(flags),
+    )
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED or number == errno.ESPIPE:
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def rename_no_replace(directory: int, old: str, new: str) -> bool:
+    """Rename unless ``new`` exists (``FileExistsError``); false when not supported here."""
+    done = _libc.renameat2(
+        ctypes.c_int(directory),
+        ctypes.c_char_p(os.fsencode(old)),
+        ctypes.c_int(directory),
+        ctypes.c_char_p(os.fsencode(new)),
+        ctypes.c_uint(_RENAME_NOREPLACE),
+    )
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def _rename_to_free_name(directory: int, old: str, new: str) -> None:
+    """NFS has no such rename but hard links, CIFS and FAT the reverse."""
+    if rename_no_replace(directory, old, new):
+        return
+    os.link(old, new, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+    os.unlink(old, dir_fd=directory)

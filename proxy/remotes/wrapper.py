@@ -1,0 +1,227 @@
+"""A remote around a remote: what all wrappers share.
+
+Every operation passes through :meth:`Wrapper.around`, which a wrapper overrides once
+instead of overriding twenty methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.errors import ProxyError
+    from proxy.remotes.interface import (
+        Entry,
+        FileReader,
+        FileStat,
+        FileWriter,
+        Lock,
+        Remote,
+        RemoteInfo,
+    )
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call on a remote, or on a file or lock that it opened.
+
+    ``verb`` is the method's name, or one of ``create.open create.write create.commit
+    create.close read.open read.read_into read.read_at lock.acquire lock.held lock.check
+    lock.release``; ``create.close`` and ``lock.release`` come before the undo or release.
+    ``path`` is as the caller gave it.
+    """
+
+    verb: str
+    path: str
+    target: str | None = None
+    """``rename``: the new name; ``create.*``: the temporary path, once it is known."""
+    size: int = 0
+    """Bytes that are written, or asked for."""
+    data: bytes | memoryview | None = None
+    """What is written; valid only during the call."""
+    exclusive: bool = False
+    partially: Callable[[int], Awaitable[None]] | None = None
+    """Of writes: do it with the first so many bytes alone."""
+
+
+class Wrapper:
+    """Passes everything to ``inner``; see :class:`proxy.remotes.interface.Remote`."""
+
+    def __init__(self, inner: Remote) -> None:
+        self.inner = inner
+        self.url = inner.url
+        self.is_encrypted = inner.is_encrypted
+        self.is_immutable = inner.is_immutable
+        self.use_vhd_directory = inner.use_vhd_directory
+
+    async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
+        """Do ``operation`` by awaiting ``run()`` and return its result."""
+        del operation
+        return await run()
+
+    async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
+        return await self.around(
+            Operation("read_file", path), lambda: self.inner.read_file(path, limit=limit)
+        )
+
+    async def read_files(
+        self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+    ) -> Sequence[bytes | ProxyError]:
+        return await self.around(
+            Operation("read_files", paths[0] if paths else ""),
+            lambda: self.inner.read_files(paths, limit=limit),
+        )
+
+    async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        await self.around(
+            Operation(
+                "write_file",
+                path,
+                size=len(data),
+                data=data,
+                exclusive=exclusive,
+                partially=lambda size: self.inner.write_file(
+                    path, data[:size], exclusive=exclusive
+                ),
+            ),
+            lambda: self.inner.write_file(path, data, exclusive=exclusive),
+        )
+
+    def create(
+        self, path: str, *, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[FileWriter]:
+        return self._create(path, exclusive=exclusive)
+
+    @contextlib.asynccontextmanager
+    async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
+        async with contextlib.AsyncExitStack() as stack:
+            file = await self.around(
+                Operation("create.open", path, exclusive=exclusive),
+                lambda: stack.enter_async_context(self.inner.create(path, exclusive=exclusive)),
+            )
+            end = Operation("create.close", path, file.temporary_path)
+            # on the stack, a fault in it never skips the inner file's own end
+            stack.push_async_callback(self.around, end, _nothing)
+            yield _Writer(self, path, file, exclusive=exclusive)
+
+    def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
+        return self._open_read(path)
+
+    @contextlib.asynccontextmanager
+    async def _open_read(self, path: str) -> AsyncIterator[FileReader]:
+        async with contextlib.AsyncExitStack() as stack:
+            file = await self.around(
+                Operation("read.open", path),
+                lambda: stack.enter_async_context(self.inner.open_read(path)),
+            )
+            yield _Reader(self, path, file)
+
+    async def list(self, path: str) -> list[Entry]:
+        return await self.around(Operation("list", path), lambda: self.inner.list(path))
+
+    async def stat(self, path: str) -> FileStat:
+        return await self.around(Operation("stat", path), lambda: self.inner.stat(path))
+
+    async def rename(self, old: str, new: str) -> None:
+        await self.around(Operation("rename", old, target=new), lambda: self.inner.rename(old, new))
+
+    async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
+        await self.around(
+            Operation("unlink", path), lambda: self.inner.unlink(path, missing_ok=missing_ok)
+        )
+
+    async def mktree(self, path: str) -> None:
+        await self.around(Operation("mktree", path), lambda: self.inner.mktree(path))
+
+    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
+        await self.around(
+            Operation("rmdir", path), lambda: self.inner.rmdir(path, missing_ok=missing_ok)
+        )
+
+    async def rmtree(self, path: str) -> None:
+        await self.around(Operation("rmtree", path), lambda: self.inner.rmtree(path))
+
+    def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
+        return self._lock(path, owner=owner, wait=wait)
+
+    @contextlib.asynccontextmanager
+    async def _lock(self, path: str, *, owner: str, wait: float) -> AsyncIterator[Lock]:
+        await self.around(Operation("lock.acquire", path), _nothing)
+        async with contextlib.AsyncExitStack() as stack:
+            lock = await stack.enter_async_context(self.inner.lock(path, owner=owner, wait=wait))
+            stack.push_async_callback(self.around, Operation("lock.release", path), _nothing)
+            await self.around(Operation("lock.held", path), _nothing)
+            yield _Lock(self, path, lock)
+
+    async def info(self) -> RemoteInfo:
+        return await self.around(Operation("info", ""), self.inner.info)
+
+    async def aclose(self) -> None:
+        await self.around(Operation("aclose", ""), self.inner.aclose)
+
+    async def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
+        await self.around(Operation("walk", path), _nothing)
+        async for item in self.inner.walk(path):
+            yield item
+
+
+async def _nothing() -> None:
+    return None
+
+
+class _Writer:
+    def __init__(self, owner: Wrapper, path: str, inner: FileWriter, *, exclusive: bool) -> None:
+        self.temporary_path = inner.temporary_path
+        self._owner = owner
+        self._path = path
+        self._inner = inner
+        self._exclusive = exclusive
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await self._owner.around(
+            Operation("create.write", self._path, self.temporary_path, size=len(data), data=data),
+            lambda: self._inner.write(data),
+        )
+
+    async def commit(self) -> None:
+        await self._owner.around(
+            Operation("create.commit", self._path, self.temporary_path, exclusive=self._exclusive),
+            self._inner.commit,
+        )
+
+
+class _Reader:
+    def __init__(self, owner: Wrapper, path: str, inner: FileReader) -> None:
+        self.size = inner.size
+        self._owner = owner
+        self._path = path
+        self._inner = inner
+
+    async def read_into(self, buffer: memoryview) -> int:
+        return await self._owner.around(
+            Operation("read.read_into", self._path, size=len(buffer)),
+            lambda: self._inner.read_into(buffer),
+        )
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        return await self._owner.around(
+            Operation("read.read_at", self._path, size=length),
+            lambda: self._inner.read_at(offset, length),
+        )
+
+
+class _Lock:
+    def __init__(self, owner: Wrapper, path: str, inner: Lock) -> None:
+        self._owner = owner
+        self._path = path
+        self._inner = inner
+
+    async def check(self) -> None:
+        await self._owner.around(Operation("lock.check", self._path), self._inner.check)
