@@ -1,0 +1,190 @@
+"""What the pool's disks contain: reproducible from a seed, copied on write, without memory.
+
+A disk is a generator (random, text or zeros) or an image file, under an overlay of written
+units.  A unit that comes back from a restore is recognised and kept as its origin, so that
+a restored disk of any size needs no memory either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+UNIT = 1024 * 1024
+_VARIANTS = 16
+_ZERO = bytes(UNIT)
+_STAMP = struct.Struct(">8sQQQ")
+_MAGIC = b"simdisk\0"
+Kind = Literal["random", "text"]
+_KINDS: tuple[Kind, ...] = ("random", "text")
+
+
+@functools.cache
+def _variant(kind: Kind, number: int) -> memoryview:
+    source = random.Random(f"{kind} {number}")  # noqa: S311 - reproducible content, no secret
+    if kind == "random":
+        return memoryview(source.randbytes(UNIT))
+    words = [source.randbytes(6).hex() for _ in range(400)]
+    line = " ".join(words[source.randrange(400)] for _ in range(5000)).encode() + b"\n"
+    return memoryview((line * (UNIT // len(line) + 1))[:UNIT])
+
+
+@dataclass(frozen=True, slots=True)
+class Stamped:
+    """A generated unit: a stamp that names it, then one of a few precomputed contents."""
+
+    kind: Kind
+    seed: int
+    number: int
+
+    def pieces(self) -> tuple[memoryview, memoryview]:
+        stamp = _STAMP.pack(_MAGIC, self.seed, self.number, _KINDS.index(self.kind))
+        content = _variant(self.kind, (self.seed * 7 + self.number) % _VARIANTS)
+        return memoryview(stamp), content[_STAMP.size :]
+
+    @classmethod
+    def recognise(cls, data: memoryview) -> Stamped | None:
+        """The generated unit that ``data`` is, if it is one in full."""
+        if len(data) != UNIT or data[:8] != _MAGIC:
+            return None
+        _, seed, number, kind = _STAMP.unpack_from(data)
+        if kind >= len(_KINDS):
+            return None
+        found = cls(_KINDS[kind], seed, number)
+        return found if data[_STAMP.size :] == found.pieces()[1] else None
+
+
+class ImageFile:
+    """A file as the content under a disk; closed with the last disk that uses it."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self._fd, length, offset)
+        return data + bytes(length - len(data))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self._fd)
+
+
+class DiskContent:
+    """The bytes of one VDI.
+
+    ``fill`` is the share of units that are not zero.  Not thread-safe for writes; reads of
+    a disk that nobody writes may run in a thread.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        kind: Kind | None = None,
+        seed: int = 0,
+        fill: float = 1.0,
+        file: ImageFile | None = None,
+    ) -> None:
+        self.size = size
+        self.file = file
+        self._kind: Kind | None = kind
+        self._seed = seed
+        self._fill = fill
+        self._base_size = size
+        self._written: dict[int, Stamped | bytes | None] = {}
+
+    def copy(self) -> DiskContent:
+        """A snapshot or clone: shares everything, diverges at the next write."""
+        other = DiskContent(
+            self.size, kind=self._kind, seed=self._seed, fill=self._fill, file=self.file
+        )
+        other._base_size = self._base_size
+        other._written = dict(self._written)
+        return other
+
+    def resize(self, size: int) -> None:
+        """Grow with zeros."""
+        self.size = size
+
+    def _unit(self, number: int) -> Stamped | bytes | None:
+        if number in self._written:
+            return self._written[number]
+        if number * UNIT >= self._base_size:
+            return None
+        if self.file is not None:
+            data = self.file.read(number * UNIT, UNIT)
+            return None if data == _ZERO else data
+        if self._kind is None:
+            return None
+        if zlib.crc32(struct.pack(">QQ", self._seed, number)) % 10_000 >= self._fill * 10_000:
+            return None
+        return Stamped(self._kind, self._seed, number)
+
+    def read(self, offset: int, length: int) -> list[memoryview] | None:
+        """``length`` bytes inside one unit, in pieces; None when they are zeros."""
+        unit = self._unit(offset // UNIT)
+        if unit is None:
+            return None
+        start = offset % UNIT
+        if isinstance(unit, bytes):
+            return [memoryview(unit)[start : start + length]]
+        stamp, content = unit.pieces()
+        if start == 0 and length >= len(stamp):
+            return [stamp, content[: length - len(stamp)]]
+        return [memoryview(bytes(stamp) + bytes(content))[start : start + length]]
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put ``data`` at ``offset``; raises ``ValueError`` beyond the end."""
+        view = memoryview(data)
+        if offset + len(view) > self.size:
+            raise ValueError("write beyond the end of the disk")
+        while view:
+            number, start = divmod(offset, UNIT)
+            part = view[: UNIT - start]
+            whole = min(UNIT, self.size - number * UNIT)
+            if len(part) < whole:
+                unit = bytearray(whole)
+                old = self.read(number * UNIT, whole)
+                if old is not None:
+                    unit[:] = b"".join(old)
+                unit[start : start + len(part)] = part
+                part_view = memoryview(unit)
+            else:
+                part_view = part
+            self._written[number] = _kept(part_view)
+            view = view[len(part) :]
+            offset += len(part)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The whole content, at most 1 MiB at a time."""
+        for offset in range(0, self.size, UNIT):
+            length = min(UNIT, self.size - offset)
+            pieces = self.read(offset, length)
+            yield bytes(length) if pieces is None else b"".join(pieces)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the units that are not zero (a file counts in full)."""
+        if self.file is not None:
+            return self.size
+        units = -(-self.size // UNIT)
+        return sum(UNIT for number in range(units) if self._unit(number) is not None)
+
+
+def _kept(data: memoryview) -> Stamped | bytes | None:
+    stamped = Stamped.recognise(data)
+    if stamped is not None:
+        return stamped
+    kept = bytes(data)
+    return None if kept == _ZERO[: len(kept)] else kept

@@ -1,0 +1,366 @@
+"""A simulated pool: its objects, and the handles by which tests look in and interfere."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from proxy.simulator.calls import Calls
+from proxy.simulator.disks import DiskContent, ImageFile, Kind
+from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
+from proxy.simulator.sessions import Sessions
+from proxy.simulator.store import Store
+from proxy.simulator.tasks import Tasks, now
+from proxy.simulator.vdi_operations import Disks
+from proxy.simulator.vm_operations import VmOperations
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
+
+    from proxy.simulator.transfers import Transfer
+
+MiB = 1024 * 1024
+PASSWORD = "simulated"  # noqa: S105 - guards nothing but a simulation
+_STARTED_DOMAINS = 6
+
+
+class SimulatedPool:
+    """The state of a pool.  :func:`proxy.simulator.serve` puts it on the network.
+
+    Everything follows from ``seed`` except the times.  Belongs to one Trio run.
+    """
+
+    def __init__(self, *, seed: int = 0, user: str = "root", password: str = PASSWORD) -> None:
+        self.seed = seed
+        self.store = Store(seed)
+        self.sessions = Sessions(self.store, user, password)
+        self.tasks = Tasks(self.store, lambda: self.master)
+        self.disks = Disks(self)
+        self.vms = VmOperations(self)
+        self.calls = Calls(self)
+        self.faults = Faults()
+        self.gates = Gates()
+        self.transfers: set[Transfer] = set()
+        self.transfer_log: list[Transfer] = []
+        """Every transfer that was accepted, in order."""
+        self.connections = 0
+        """Open connections."""
+        self.url = ""
+        """Where the pool listens, once it does."""
+        self.latencies: dict[str, float] = {}
+        """Seconds that a call needs before its effect, by canonical name."""
+        self.boot_seconds = 0.0
+        """From the start of a VM until its tools answer; negative: never."""
+        self.dom0_lag = 0.0
+        """Seconds that dom0 keeps a disk attached after a transfer."""
+        self.is_old = False
+        """An old server: VM.snapshot takes no list of disks to leave out."""
+        self.coalesces = True
+        """Whether hidden parents are merged as soon as they can be."""
+        self.vtpm_contents: dict[str, str] = {}
+        self._domains = _STARTED_DOMAINS
+        self._nursery: trio.Nursery | None = None
+        self._baseline: set[str] = set()
+        self._make_hardware()
+        self.mark()
+
+    # Making
+
+    def _make_hardware(self) -> None:
+        store = self.store
+        self.master = store.create(
+            "host",
+            name_label="sim-host-1",
+            hostname="sim-host-1",
+            address="127.0.0.1",
+            metrics=store.create("host_metrics", memory_total=2**36, memory_free=2**35),
+            software_version={
+                "product_version": "8.3.0",
+                "product_brand": "XCP-ng",
+                "build_number": "sim",
+                "xapi": "1.20",
+            },
+        )
+        self.slave = store.create(
+            "host",
+            name_label="sim-host-2",
+            hostname="sim-host-2",
+            address="127.0.0.2",
+            metrics=store.create("host_metrics", memory_total=2**36, memory_free=2**35),
+            software_version=store.get("host", self.master)["software_version"],
+        )
+        self.srs = [self._make_sr("Local storage"), self._make_sr("Storage 2")]
+        self.default_sr = self.srs[0]
+        self.network = store.create("network", name_label="Pool-wide network 0")
+        for number, host in enumerate((self.master, self.slave)):
+            store.create(
+                "PIF",
+                network=self.network,
+                host=host,
+                MAC=store.new_mac(),
+                IP=f"127.0.0.{number + 1}",
+            )
+        self.dom0 = store.create(
+            "VM",
+            name_label="Control domain on host: sim-host-1",
+            is_control_domain=True,
+            power_state="Running",
+            resident_on=self.master,
+            domid=0,
+        )
+        store.update("host", self.master, control_domain=self.dom0)
+        self.ref = store.create(
+            "pool",
+            name_label="Simulated pool",
+            master=self.master,
+            default_SR=self.default_sr,
+            suspend_image_SR=self.default_sr,
+            restrictions={"restrict_vtpm": "false"},
+        )
+
+    def _make_sr(self, name: str) -> str:
+        sr = self.store.create("SR", name_label=name, physical_size=2**42, shared=True)
+        for host in (self.master, self.slave):
+            self.store.create("PBD", SR=sr, host=host)
+        return sr
+
+    @classmethod
+    def small(  # noqa: PLR0913 - the knobs of a test, all named
+        cls,
+        *,
+        vms: int = 1,
+        disks_per_vm: int = 1,
+        disk_size: int = 4 * MiB,
+        seed: int = 0,
+        running: bool = True,
+        kind: Kind = "random",
+        fill: float = 1.0,
+        user: str = "root",
+        password: str = PASSWORD,
+    ) -> SimulatedPool:
+        """A pool of two hosts and two SRs with ``vms`` equal VMs, named ``vm1``, ``vm2``…"""
+        pool = cls(seed=seed, user=user, password=password)
+        pool.add_generated(
+            range(1, vms + 1),
+            disks=disks_per_vm,
+            size=disk_size,
+            running=running,
+            kind=kind,
+            fill=fill,
+        )
+        return pool
+
+    def add_generated(
+        self,
+        numbers: range,
+        *,
+        disks: int,
+        size: int,
+        running: bool = True,
+        kind: Kind = "random",
+        fill: float = 1.0,
+    ) -> None:
+        """VMs ``vm<number>`` with generated disks, each different."""
+        for number in numbers:
+            seeds = [self.seed * 10_000 + number * 100 + disk for disk in range(disks)]
+            contents = [DiskContent(size, kind=kind, seed=each, fill=fill) for each in seeds]
+            self.add_vm(f"vm{number}", contents, running=running)
+
+    def add_vm(self, name: str, contents: list[DiskContent], *, running: bool = True) -> str:
+        """A VM with these disks, an empty CD drive and one network; returns its reference."""
+        store = self.store
+        vm = store.create(
+            "VM",
+            name_label=name,
+            name_description="simulated VM",
+            memory_static_max=1024 * MiB,
+            memory_dynamic_max=1024 * MiB,
+            memory_dynamic_min=1024 * MiB,
+            memory_static_min=512 * MiB,
+            memory_overhead=11 * MiB,
+            HVM_boot_policy="BIOS order",
+            HVM_boot_params={"order": "cdn", "firmware": "bios"},
+            platform={"acpi": "1", "apic": "true", "pae": "true", "viridian": "false"},
+            other_config={
+                "base_template_name": "Other install media",
+                "mac_seed": store.new_uuid(),
+            },
+            metrics=store.create("VM_metrics"),
+            guest_metrics=store.create("VM_guest_metrics"),
+        )
+        for number, content in enumerate(contents):
+            vdi = self.disks.create(content, SR=self.default_sr, name_label=f"{name}_{number}")
+            store.create(
+                "VBD",
+                VM=vm,
+                VDI=vdi,
+                device=f"xvd{chr(ord('a') + number)}",
+                userdevice=str(number),
+                bootable=number == 0,
+            )
+        store.create("VBD", VM=vm, type="CD", mode="RO", empty=True, userdevice="15")
+        store.create("VIF", VM=vm, network=self.network, device="0", MAC=store.new_mac())
+        if running:
+            self.vms.start(vm)
+            if self._nursery is None:
+                self._booted(vm)
+        else:
+            self.vms.refresh(vm)
+        self.mark()
+        return vm
+
+    def add_file_vm(self, name: str, image: Path, *, running: bool = True) -> str:
+        """A VM whose disk is a file (its size rounded up to 512 bytes)."""
+        file = ImageFile(image)
+        size = file.size + -file.size % 512
+        return self.add_vm(name, [DiskContent(size, file=file)], running=running)
+
+    # Running
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[SimulatedPool]:
+        """Give the pool a nursery for its tasks; ends them on leaving.  ``serve`` does it."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield self
+            finally:
+                self._nursery = None
+                nursery.cancel_scope.cancel()
+
+    def spawn(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
+        """Run in the pool's nursery; the pool must be running."""
+        assert self._nursery is not None, "the pool is not running"
+        self._nursery.start_soon(function, *args)
+
+    def boot(self, vm: str) -> None:
+        """The guest comes up: its tools answer after ``boot_seconds``."""
+        if self._nursery is not None and self.boot_seconds >= 0:
+            self.spawn(self._boot, vm)
+
+    async def _boot(self, vm: str) -> None:
+        await trio.sleep(self.boot_seconds)
+        self._booted(vm)
+
+    def _booted(self, vm: str) -> None:
+        record = self.store.find("VM", vm)
+        if record is None or record["power_state"] != "Running":
+            return
+        self.store.update(
+            "VM_guest_metrics",
+            record["guest_metrics"],
+            PV_drivers_detected=True,
+            networks={"0/ip": "127.0.0.1", "0/ipv4/0": "127.0.0.1"},
+        )
+
+    def next_domid(self) -> int:
+        self._domains += 1
+        return self._domains
+
+    @staticmethod
+    def now() -> str:
+        return now()
+
+    # For tests: interfering
+
+    def do(self, method: str, *params: Any) -> Any:
+        """Perform a call's effect at once, past sessions, faults, gates and the log."""
+        return self.calls.perform(method, list(params))
+
+    def fail(self, at: str, **how: Any) -> Fault:
+        """Program a fault: ``pool.fail("VM.snapshot", error=("SR_FULL",))``."""
+        return self.faults.add(Fault(at, **how))
+
+    def pause_at(
+        self, point: str, *, stage: Stage = "before", at_bytes: int | None = None, nth: int = 1
+    ) -> Gate:
+        """Set up a gate; with ``at_bytes`` at that byte of a transfer's body."""
+        if at_bytes is not None:
+            return self.gates.add(point, "bytes", at_bytes, nth)
+        return self.gates.add(point, stage, 0, nth)
+
+    # For tests: looking
+
+    def vm(self, name: str) -> str:
+        """The reference of the VM (no snapshot) with this name; raises ``LookupError``."""
+        for ref, record in self.store.all("VM"):
+            if record["name_label"] == name and not record["is_a_snapshot"]:
+                return ref
+        raise LookupError(f"no VM {name}")
+
+    def vm_uuid(self, name: str) -> str:
+        return str(self.store.get("VM", self.vm(name))["uuid"])
+
+    def snapshots(self) -> list[str]:
+        """References of all snapshot VMs."""
+        return [ref for ref, record in self.store.all("VM") if record["is_a_snapshot"]]
+
+    def disk_uuids(self, vm: str) -> list[str]:
+        """UUIDs of the disks of a VM, by device number."""
+        return [str(self.store.get("VDI", ref)["uuid"]) for ref in self.vms.disks(vm)]
+
+    def disk_bytes(self, vdi_uuid: str) -> Iterator[bytes]:
+        """The content of a disk, at most 1 MiB at a time."""
+        return self.disks.contents[self.store.by_uuid("VDI", vdi_uuid)].chunks()
+
+    def digest(self, vdi_uuid: str) -> str:
+        """SHA-256 of a disk's content."""
+        sha = hashlib.sha256()
+        for chunk in self.disk_bytes(vdi_uuid):
+            sha.update(chunk)
+        return sha.hexdigest()
+
+    def write(self, vdi_uuid: str, offset: int, data: bytes) -> None:
+        """What the guest would write."""
+        ref = self.store.by_uuid("VDI", vdi_uuid)
+        self.disks.contents[ref].write(offset, data)
+        self.disks.written(ref)
+
+    def mark(self) -> None:
+        """What exists now is no leftover."""
+        self._baseline = {
+            ref for kind in ("VM", "VDI", "VBD", "task") for ref, _ in self.store.all(kind)
+        }
+
+    def leftovers(self, *, connections: bool = False) -> dict[str, list[str]]:
+        """What a run left on the pool since :meth:`mark`: empty when it is clean.
+
+        Keys: ``snapshots``, ``vms`` (other new VMs), ``vdis`` (new and on no VM), ``dom0_vbds``,
+        ``blocked_operations``, ``current_operations``, ``tasks`` (any that was not destroyed),
+        ``transfers``; with ``connections`` also ``sessions`` and ``connections``, which a
+        daemon keeps for a while on purpose.
+        """
+        found: dict[str, list[str]] = {
+            "snapshots": [],
+            "vms": [],
+            "vdis": [],
+            "dom0_vbds": [],
+            "blocked_operations": [],
+            "current_operations": [],
+            "tasks": [],
+            "transfers": [f"{each.path} {each.sent} bytes" for each in self.transfers],
+        }
+        for ref, record in self.store.all("VM"):
+            name = record["name_label"]
+            if ref not in self._baseline:
+                found["snapshots" if record["is_a_snapshot"] else "vms"].append(name)
+            found["blocked_operations"] += [f"{name}: {op}" for op in record["blocked_operations"]]
+            running = record["current_operations"].values()
+            found["current_operations"] += [f"{name}: {op}" for op in running]
+        for ref, record in self.store.all("VDI"):
+            if ref not in self._baseline and record["managed"] and not record["VBDs"]:
+                found["vdis"].append(record["name_label"])
+        for ref, record in self.store.all("VBD"):
+            if record["VM"] == self.dom0:
+                found["dom0_vbds"].append(ref)
+        for ref, record in self.store.all("task"):
+            if ref not in self._baseline:
+                found["tasks"].append(f"{record['name_label']}: {record['status']}")
+        if connections:
+            found["sessions"] = ["session" for _ in self.sessions.open]
+            found["connections"] = ["connection"] * self.connections
+        return {key: value for key, value in found.items() if value}

@@ -1,0 +1,208 @@
+"""What happens to virtual disks: snapshots with their hidden parents, copies, destruction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from proxy.errors import XapiError
+from proxy.simulator.disks import DiskContent
+from proxy.simulator.records import NULL, is_null
+from proxy.simulator.tasks import now
+
+if TYPE_CHECKING:
+    from proxy.simulator.pool import SimulatedPool
+    from proxy.simulator.store import Record
+
+_COPIED = (
+    "name_label",
+    "name_description",
+    "type",
+    "sharable",
+    "other_config",
+    "tags",
+    "xenstore_data",
+)
+
+
+class Disks:
+    """The effects of ``VDI.*`` calls, and the bytes of each VDI (``contents``)."""
+
+    def __init__(self, pool: SimulatedPool) -> None:
+        self._pool = pool
+        self._store = pool.store
+        self.contents: dict[str, DiskContent] = {}
+
+    def create(self, content: DiskContent, **fields: Any) -> str:
+        """A VDI with this content."""
+        identifier = fields.get("uuid") or self._store.new_uuid()
+        computed = ("uuid", "location", "virtual_size", "physical_utilisation")
+        given = {name: value for name, value in fields.items() if name not in computed}
+        ref = self._store.create(
+            "VDI",
+            uuid=identifier,
+            location=identifier,
+            virtual_size=content.size,
+            physical_utilisation=content.allocated,
+            **given,
+        )
+        self.contents[ref] = content
+        self._account(self._store.get("VDI", ref)["SR"])
+        return ref
+
+    def create_suspend(self, vm: str, name: str) -> str:
+        memory = self._store.get("VM", vm)["memory_static_max"]
+        size = min(memory, 4 * 1024 * 1024)
+        return self.create(
+            DiskContent(size, kind="random", seed=self._pool.seed + 1000),
+            SR=self._pool.default_sr,
+            type="suspend",
+            name_label=name,
+        )
+
+    def content(self, vdi: str) -> DiskContent:
+        """The bytes; raises ``XapiError`` when there are none to read."""
+        record = self._store.get("VDI", vdi)
+        if record["type"] == "cbt_metadata":
+            raise XapiError("VDI_INCOMPATIBLE_TYPE", [vdi, record["type"]])
+        return self.contents[vdi]
+
+    def snapshot(self, vdi: str, _options: Any = None) -> str:
+        """Freeze a disk.  Both sides then hang under a hidden parent, as SMAPI leaves them."""
+        record = self._store.get("VDI", vdi)
+        content = self.content(vdi)
+        hidden = self.create(
+            content.copy(),
+            SR=record["SR"],
+            name_label="base copy",
+            managed=False,
+            read_only=True,
+            sm_config=_under(record["sm_config"].get("vhd-parent")),
+        )
+        parent = self._store.get("VDI", hidden)["uuid"]
+        frozen = self.create(
+            content.copy(),
+            SR=record["SR"],
+            is_a_snapshot=True,
+            snapshot_of=vdi,
+            snapshot_time=now(),
+            read_only=False,
+            cbt_enabled=record["cbt_enabled"],
+            sm_config=_under(parent),
+            **{field: record[field] for field in _COPIED},
+        )
+        self._store.update("VDI", vdi, sm_config={**record["sm_config"], "vhd-parent": parent})
+        return frozen
+
+    def clone(self, vdi: str, sr: Any = None) -> str:
+        """An independent disk with the same bytes, on ``sr`` or beside the source."""
+        record = self._store.get("VDI", vdi)
+        target = sr if isinstance(sr, str) and not is_null(sr) else record["SR"]
+        return self.create(
+            self.content(vdi).copy(), SR=target, **{field: record[field] for field in _COPIED}
+        )
+
+    def resize(self, vdi: str, size: int) -> None:
+        record = self._store.get("VDI", vdi)
+        if size < record["virtual_size"]:
+            raise XapiError("VDI_SIZE", [vdi, str(size)])
+        self.contents[vdi].resize(size)
+        self._store.update("VDI", vdi, virtual_size=size)
+
+    def destroy(self, vdi: str) -> None:
+        """Remove it with its drives; ``VDI_IN_USE`` while attached."""
+        record = self._store.get("VDI", vdi)
+        if self.attached(record):
+            raise XapiError("VDI_IN_USE", [vdi, "destroy"])
+        for ref in record["VBDs"]:
+            self._store.destroy("VBD", ref)
+        self.forget(vdi)
+
+    def attached(self, record: Record) -> bool:
+        return any(self._store.get("VBD", ref)["currently_attached"] for ref in record["VBDs"])
+
+    def forget(self, vdi: str) -> None:
+        """Drop record and bytes without asking."""
+        record = self._store.get("VDI", vdi)
+        self._store.destroy("VDI", vdi)
+        self.contents.pop(vdi, None)
+        self._account(record["SR"])
+        if self._pool.coalesces:
+            self._coalesce()
+
+    def _coalesce(self) -> None:
+        """Merge hidden parents that are not needed any more, as the SR's garbage collector."""
+        again = True
+        while again:
+            again = False
+            children: dict[str, list[str]] = {}
+            for ref, record in self._store.all("VDI"):
+                children.setdefault(record["sm_config"].get("vhd-parent", ""), []).append(ref)
+            for ref, record in self._store.all("VDI"):
+                below = children.get(record["uuid"], [])
+                if record["managed"] or len(below) > 1:
+                    continue
+                for child in below:
+                    config = dict(self._store.get("VDI", child)["sm_config"])
+                    config.pop("vhd-parent")
+                    config.update(_under(record["sm_config"].get("vhd-parent")))
+                    self._store.update("VDI", child, sm_config=config)
+                self._store.destroy("VDI", ref)
+                self.contents.pop(ref, None)
+                again = True
+                break
+
+    def data_destroy(self, vdi: str) -> None:
+        record = self._store.get("VDI", vdi)
+        if record["type"] == "cbt_metadata":
+            return
+        if not record["is_a_snapshot"]:
+            raise XapiError("OPERATION_NOT_ALLOWED", ["VDI is not a snapshot: " + vdi])
+        if not record["cbt_enabled"]:
+            raise XapiError("VDI_NO_CBT_METADATA", [vdi])
+        if self.attached(record):
+            raise XapiError("VDI_IN_USE", [vdi, "data_destroy"])
+        for ref in record["VBDs"]:
+            self._store.destroy("VBD", ref)
+        self._store.update("VDI", vdi, type="cbt_metadata", physical_utilisation=0)
+
+    def set_cbt(self, vdi: str, *, enabled: bool) -> None:
+        record = self._store.get("VDI", vdi)
+        if record["is_a_snapshot"]:
+            raise XapiError("OPERATION_NOT_ALLOWED", ["VDI is a snapshot: " + vdi])
+        self._store.update("VDI", vdi, cbt_enabled=enabled)
+
+    def attach_to_dom0(self, vdi: str) -> str:
+        """The drive that the pool makes while it reads or writes a disk."""
+        dom0 = self._pool.dom0
+        return self._store.create(
+            "VBD",
+            VM=dom0,
+            VDI=vdi,
+            mode="RO",
+            currently_attached=True,
+            userdevice=str(len(self._store.get("VM", dom0)["VBDs"])),
+        )
+
+    def detach_from_dom0(self, vbd: str) -> None:
+        if self._store.find("VBD", vbd):
+            self._store.destroy("VBD", vbd)
+
+    def written(self, vdi: str) -> None:
+        """The bytes changed: refresh what is computed from them."""
+        if self._store.find("VDI", vdi):
+            used = self.contents[vdi].allocated
+            self._store.update("VDI", vdi, physical_utilisation=used)
+            self._account(self._store.get("VDI", vdi)["SR"])
+
+    def _account(self, sr: str) -> None:
+        if is_null(sr) or self._store.find("SR", sr) is None:
+            return
+        used = sum(
+            self._store.get("VDI", ref)["physical_utilisation"]
+            for ref in self._store.get("SR", sr)["VDIs"]
+        )
+        self._store.update("SR", sr, physical_utilisation=used)
+
+
+def _under(parent: str | None) -> dict[str, str]:
+    return {"vhd-parent": parent} if parent and parent != NULL else {}
