@@ -1,0 +1,401 @@
+"""Bulk connections: TCP or TLS sockets that move bytes straight to and from reused buffers.
+
+This is the one place that opens them.  A socket is never blocking: the event loop waits
+until it is ready (so a cancel is felt at once), then a worker thread moves as much as is
+there, up to a whole buffer, with the GIL released.  :data:`PATIENCE` lets the thread wait a
+moment for more, so that one hop carries hundreds of KiB and not one TLS record of 16 KiB.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import select
+import socket
+import ssl
+import struct
+import time
+from typing import TYPE_CHECKING, Final, cast
+from urllib.parse import unquote, urlsplit
+
+import trio
+
+from proxy.errors import ProxyError, Unauthorized, Unreachable
+from proxy.runtime.deadlines import deadline
+from proxy.runtime.threads import Work, in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ENOUGH: Final = 256 * 1024
+"""Bytes that are worth a hop: a thread that moved them no longer waits for more."""
+PATIENCE: Final = 0.02
+"""Seconds that a thread may wait for :data:`ENOUGH`; bounds how late a cancel is felt."""
+LARGEST_HEAD: Final = 64 * 1024
+
+_CERTIFICATE_CODES: Final = {
+    # OpenSSL's X509_V_ERR_* numbers, under the names that Node.js gives them and XO knows.
+    10: "CERT_HAS_EXPIRED",
+    18: "DEPTH_ZERO_SELF_SIGNED_CERT",
+    19: "SELF_SIGNED_CERT_IN_CHAIN",
+    20: "UNABLE_TO_GET_ISSUER_CERT_LOCALLY",
+    21: "UNABLE_TO_VERIFY_LEAF_SIGNATURE",
+    62: "ERR_TLS_CERT_ALTNAME_INVALID",
+    64: "ERR_TLS_CERT_ALTNAME_INVALID",
+}
+
+
+def client_context(*, allow_unauthorized: bool) -> ssl.SSLContext:
+    """TLS settings towards a host; ``allow_unauthorized`` accepts any certificate.
+
+    Hosts before XCP-ng 8.2 carry RSA-1024 or SHA-1 self-signed certificates: refusing the key
+    of a peer whose identity is not checked anyway would gain nothing.
+    """
+    context = ssl.create_default_context()
+    if allow_unauthorized:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    return context
+
+
+def connect_error(error: BaseException, peer: str) -> ProxyError:
+    """Say why ``peer`` could not be reached, with Node.js's name of the reason as the code.
+
+    Looks through the causes, because trio and httpx wrap what the system said.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, ProxyError):
+            return cause
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            code = _CERTIFICATE_CODES.get(cause.verify_code, "CERT_REJECTED")
+            return Unreachable(
+                f"the certificate of {peer} is not trusted ({cause.verify_message}):"
+                " set allowUnauthorized if this host is self-signed",
+                code=code,
+            )
+        if isinstance(cause, ssl.SSLError):
+            reason = cause.reason or "protocol error"
+            return Unreachable(f"TLS with {peer} failed: {reason}", code="EPROTO")
+        if isinstance(cause, socket.gaierror):
+            return Unreachable(f"cannot resolve the name of {peer}", code="ENOTFOUND")
+        if isinstance(cause, OSError) and cause.errno:
+            name = errno.errorcode.get(cause.errno, "EIO")
+            text = (cause.strerror or "input/output error").lower()
+            return Unreachable(f"{name}: {peer}: {text}", code=name)
+    return Unreachable(f"lost the connection to {peer}", code="ECONNRESET")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        current = pending.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if isinstance(current, BaseExceptionGroup):
+            pending.extend(cast("BaseExceptionGroup[BaseException]", current).exceptions)
+        pending.extend(e for e in (current.__cause__, current.__context__) if e is not None)
+
+
+class Connection:
+    """One socket to ``peer`` (``host:port``).  Used by one reader and one writer at a time.
+
+    A cancelled wait leaves the connection usable only for :meth:`abort` or :meth:`close`;
+    both are idempotent, never block, and must not be called while a call is in progress
+    (a cancelled call has ended when its exception arrives).
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self._socket: socket.socket | None = sock
+        self._secure = isinstance(sock, ssl.SSLSocket)
+        self._lossy = False
+
+    @property
+    def closed(self) -> bool:
+        return self._socket is None
+
+    @property
+    def _sock(self) -> socket.socket:
+        if self._socket is None:
+            raise Unreachable(f"the connection to {self.peer} is closed", code="ECONNRESET")
+        return self._socket
+
+    async def receive_into(self, view: memoryview) -> int:
+        """Fill ``view`` with what is there, at least one byte; 0 at the end of the stream.
+
+        Raises ``Unreachable`` when the connection breaks.
+        """
+        sock = self._sock
+        try:
+            while True:
+                moved, wanted = await in_thread(Work.NETWORK, _fill, sock, view)
+                if wanted is None or moved:
+                    return moved
+                await _ready(sock, wanted)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def receive_now(self, view: memoryview) -> int | None:
+        """What is there without waiting: a count, 0 at the end, ``None`` when nothing is."""
+        try:
+            moved, wanted = _fill(self._sock, view, 0)
+        except OSError as error:
+            raise self._broken(error) from error
+        await trio.lowlevel.checkpoint()
+        return None if wanted is not None and not moved else moved
+
+    async def send_all(self, data: memoryview) -> None:
+        """Hand all of ``data`` to the socket.  On cancel some of it may be sent already."""
+        sock = self._sock
+        offset = 0
+        try:
+            while offset < len(data):
+                moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data[offset:])
+                offset += moved
+                if wanted is not None:
+                    await _ready(sock, wanted)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def send_some(self, data: memoryview) -> int:
+        """Hand over what the socket takes now, at least one byte; says how many.
+
+        Lets the caller see signs of life of a slow peer between the pieces of a large block.
+        """
+        sock = self._sock
+        try:
+            while True:
+                moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data)
+                if moved or wanted is None:
+                    return moved
+                await _ready(sock, wanted)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def wait_readable(self) -> None:
+        """Wait until a byte, the end or an error can be read."""
+        sock = self._sock
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            await trio.lowlevel.checkpoint()
+            return
+        await trio.lowlevel.wait_readable(sock)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether TCP saw lost or reordered segments (more than 1 in 1,000): a bad network."""
+        if self._socket is not None:
+            self._lossy = _is_lossy(self._socket)
+        return self._lossy
+
+    def abort(self) -> None:
+        """Close at once; what still waits to be sent is thrown away (the peer sees a reset)."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+        self.close()
+
+    def close(self) -> None:
+        """Close; what was sent still arrives."""
+        if self._socket is not None:
+            self._lossy = self.lossy
+            sock, self._socket = self._socket, None
+            sock.close()
+
+    def _broken(self, error: OSError) -> ProxyError:
+        return connect_error(error, self.peer)
+
+
+def _fill(
+    sock: socket.socket, view: memoryview, patience: float = PATIENCE
+) -> tuple[int, int | None]:
+    """Move bytes from ``sock``; returns the count and what to wait for (``None``: nothing)."""
+    moved = 0
+    until = 0.0
+    while moved < len(view):
+        try:
+            count = sock.recv_into(view[moved:])
+        except (BlockingIOError, ssl.SSLWantReadError):
+            wanted = select.POLLIN
+        except ssl.SSLWantWriteError:
+            wanted = select.POLLOUT
+        except (OSError, ssl.SSLError):
+            if moved:
+                return moved, None  # the error is met again by the next call
+            raise
+        else:
+            if count == 0:
+                return moved, None
+            moved += count
+            continue
+        if moved == 0 or moved >= ENOUGH or patience <= 0:
+            return moved, wanted
+        until = until or time.monotonic() + patience
+        if not _poll(sock, wanted, until):
+            return moved, wanted
+    return moved, None
+
+
+def _drain(sock: socket.socket, data: memoryview) -> tuple[int, int | None]:
+    """Move bytes to ``sock``; returns the count and what to wait for (``None``: all moved)."""
+    moved = 0
+    until = time.monotonic() + PATIENCE
+    while moved < len(data):
+        try:
+            moved += sock.send(data[moved:])
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            wanted = select.POLLOUT
+        except ssl.SSLWantReadError:
+            wanted = select.POLLIN
+        else:
+            continue
+        if not _poll(sock, wanted, until):
+            return moved, wanted
+    return moved, None
+
+
+def _poll(sock: socket.socket, wanted: int, until: float) -> bool:
+    left = until - time.monotonic()
+    if left <= 0:
+        return False
+    poll = select.poll()
+    poll.register(sock, wanted)
+    return bool(poll.poll(left * 1000))
+
+
+async def _ready(sock: socket.socket, wanted: int) -> None:
+    if wanted == select.POLLIN:
+        await trio.lowlevel.wait_readable(sock)
+    else:
+        await trio.lowlevel.wait_writable(sock)
+
+
+def _is_lossy(sock: socket.socket) -> bool:
+    """Read ``struct tcp_info`` (linux/tcp.h): total_retrans, segs_out/in, rcv_ooopack."""
+    with contextlib.suppress(OSError, struct.error):
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+        (retransmitted,) = struct.unpack_from("=I", info, 100)
+        sent, received = struct.unpack_from("=II", info, 136)
+        (reordered,) = struct.unpack_from("=I", info, 224)
+        return bool(reordered > max(8, received // 1000) or retransmitted > max(8, sent // 1000))
+    return False
+
+
+async def connect(
+    host: str, port: int, *, context: ssl.SSLContext | None, proxy: str | None, seconds: float
+) -> Connection:
+    """Open a connection, through the CONNECT ``proxy`` if one is given, with TLS if ``context``.
+
+    ``seconds`` bounds all of it.  Raises ``Unreachable``; on cancel nothing stays open.
+    """
+    peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with deadline(f"connection to {peer}", seconds):
+        sock = await _open_socket(host, port, proxy, peer)
+        try:
+            if context is not None:
+                sock = await _handshake(sock, context, host)
+        except OSError as error:
+            sock.close()
+            raise connect_error(error, peer) from error
+        except BaseException:
+            sock.close()
+            raise
+        return Connection(sock, peer)
+
+
+async def _open_socket(host: str, port: int, proxy: str | None, peer: str) -> socket.socket:
+    if proxy is None:
+        return await _open_tcp(host, port, peer)
+    parts = urlsplit(proxy)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise Unreachable("httpProxy must be an http:// URL", code="EPROTO")
+    via = f"{parts.hostname}:{parts.port or 8080}"
+    sock = await _open_tcp(parts.hostname, parts.port or 8080, f"the HTTP proxy {via}")
+    connection = Connection(sock, f"the HTTP proxy {via}")
+    try:
+        lines = [f"CONNECT {peer} HTTP/1.1", f"Host: {peer}"]
+        if parts.username is not None:
+            secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(secret).decode()}")
+        await connection.send_all(memoryview("\r\n".join([*lines, "", ""]).encode()))
+        head, rest = await read_head(connection)
+        status = head.split(b" ", 2)[1:2]
+        if rest or status != [b"200"]:
+            kind = Unauthorized if status == [b"407"] else Unreachable
+            raise kind(f"the HTTP proxy {via} refused to connect to {peer}", code="EPROXY")
+    except BaseException:
+        connection.close()
+        raise
+    return sock
+
+
+async def _open_tcp(host: str, port: int, peer: str) -> socket.socket:
+    try:
+        stream = await trio.open_tcp_stream(host, port)
+    except OSError as error:
+        raise connect_error(error, peer) from error
+    sock = socket.socket(fileno=stream.socket.detach())
+    sock.setblocking(False)
+    # A host that vanished without a word is noticed while an idle transfer waits.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+    return sock
+
+
+async def _handshake(sock: socket.socket, context: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+    secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    try:
+        while True:
+            try:
+                secure.do_handshake()
+                return secure
+            except ssl.SSLWantReadError:
+                await trio.lowlevel.wait_readable(secure)
+            except ssl.SSLWantWriteError:
+                await trio.lowlevel.wait_writable(secure)
+    except BaseException:
+        secure.close()
+        raise
+
+
+async def read_head(connection: Connection, early: bytes = b"") -> tuple[bytes, bytes]:
+    """Read up to the empty line: the head with it, and the bytes that came after.
+
+    ``early`` holds bytes that an earlier read took too many.
+
+    An end before any byte is ``Unreachable`` (``ECONNRESET``); a head above
+    :data:`LARGEST_HEAD` is ``EPROTO``.
+    """
+    received = bytearray(early)
+    chunk = memoryview(bytearray(16 * 1024))
+    while True:
+        end = received.find(b"\r\n\r\n")
+        if end >= 0:
+            return bytes(received[: end + 4]), bytes(received[end + 4 :])
+        if len(received) > LARGEST_HEAD:
+            raise Unreachable(f"{connection.peer} sent an endless header", code="EPROTO")
+        await connection.wait_readable()
+        count = await connection.receive_now(chunk)
+        if count == 0:
+            raise Unreachable(
+                f"{connection.peer} closed the connection without an answer", code="ECONNRESET"
+            )
+        if count is None:
+            continue
+        received += chunk[:count]
+
+
+__all__ = [
+    "Connection",
+    "client_context",
+    "connect",
+    "connect_error",
+    "read_head",
+]
