@@ -1,0 +1,81 @@
+"""Who a thing on a pool belongs to: keys in ``other_config`` of VMs and VDIs.
+
+Most are Xen Orchestra's, which finds its bases, replicas and snapshots by them; two are
+ours.  A host copies a VM's ``other_config`` to each of its snapshots: what is marked on the
+live VM before a snapshot is taken marks the snapshot from its first moment, and equally one
+that a user takes in that moment.  So a mark alone never says that a thing is ours: a sweep
+must also find the temporary name that only we give.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from proxy.xapi.together import together
+from proxy.xapi.vms import disks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy.xapi.client import Xapi
+
+CONTENT_KEY: Final = "xo:backup:contentKey"
+COPY_OF: Final = "xo:copy_of"
+DATETIME: Final = "xo:backup:datetime"
+DELTA_CHAIN_LENGTH: Final = "xo:backup:deltaChainLength"
+EXPORTED: Final = "xo:backup:exported"
+INCLUDE_NON_NBD_QCOW2_FIX: Final = "xo:backup:includeNonNbdQcow2Fix"
+JOB: Final = "xo:backup:job"
+SCHEDULE: Final = "xo:backup:schedule"
+SR: Final = "xo:backup:sr"
+VM: Final = "xo:backup:vm"
+BASE_DELTA_VDI: Final = "xo:base_delta_vdi"
+
+PROXY: Final = "xo:backup:proxy"
+"""Ours: the id of the installation that made the thing."""
+RUN: Final = "xo:backup:run"
+"""Ours: the id of the run that made it, removed when the thing is finished."""
+
+RESET_KEYS: Final = (
+    CONTENT_KEY,
+    COPY_OF,
+    DATETIME,
+    DELTA_CHAIN_LENGTH,
+    EXPORTED,
+    INCLUDE_NON_NBD_QCOW2_FIX,
+    JOB,
+    SCHEDULE,
+    VM,
+    PROXY,
+    RUN,
+)
+"""What a live VM must not carry: the target SR of a replica is not among them."""
+
+
+async def set_keys(xapi: Xapi, vm_ref: str, keys: Mapping[str, str | None]) -> None:
+    """Write ``keys`` (``None``: remove) on a VM and on each of its disks.
+
+    Entries that have their value already cost no call.  The disks come first, the VM last:
+    a VM that carries a key has disks that carry it.
+    """
+    vm = await xapi.record("VM", vm_ref)
+
+    async def write(disk: tuple[dict[str, Any], str, dict[str, Any]]) -> None:
+        await _write(xapi, "VDI", disk[1], disk[2], keys)
+
+    await together(write, await disks(xapi, vm))
+    await _write(xapi, "VM", vm_ref, vm, keys)
+
+
+async def reset_keys(xapi: Xapi, vm_ref: str) -> None:
+    """Remove :data:`RESET_KEYS` from a VM and each of its disks, where they are present."""
+    await set_keys(xapi, vm_ref, dict.fromkeys(RESET_KEYS))
+
+
+async def _write(
+    xapi: Xapi, cls: str, ref: str, record: Mapping[str, Any], keys: Mapping[str, str | None]
+) -> None:
+    present: Mapping[str, str] = record.get("other_config") or {}
+    changes = {key: value for key, value in keys.items() if present.get(key) != value}
+    if changes:
+        await xapi.update_map(cls, ref, "other_config", changes)
