@@ -10,7 +10,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from proxy.rpc.auth import Authenticator
-from proxy.rpc.endpoint import SECURITY_HEADERS, Endpoint
+from proxy.rpc.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,6 @@ class App(QuartTrio):
         # a stream may last as long as a backup
         self.config["RESPONSE_TIMEOUT"] = None
         self.config["BODY_TIMEOUT"] = None
-        self.after_request(_secure)
         self.register_error_handler(HTTPException, _as_text)
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
@@ -57,12 +56,6 @@ def create_app(
     stopping = trio.Event()
     authenticator = Authenticator(tokens, grace=lambda: settings().token_grace)
     return App(Endpoint(services, registry, authenticator, settings, stopping), stopping)
-
-
-async def _secure(response: Response) -> Response:
-    for name, value in SECURITY_HEADERS:
-        response.headers.setdefault(name.decode(), value.decode())
-    return response
 
 
 async def _as_text(error: HTTPException) -> Response:

@@ -20,22 +20,24 @@ import socket as stdlib_socket
 import struct
 from typing import TYPE_CHECKING, Any, cast
 
+import h11
 import structlog
 import trio
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import Request
+from hypercorn.protocol.events import Body, EndBody, Request, Response
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.typing import ConnectionState, TaskGroup
 from hypercorn.utils import parse_socket_addr
 
+from proxy.rpc.headers import with_fixed_headers
 from proxy.rpc.replies import StreamBroken
 from proxy.runtime.secrets import scrub_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    import h11
     from hypercorn.config import Config
     from hypercorn.trio.worker_context import WorkerContext
     from trio import SocketStream, SSLStream
@@ -48,12 +50,17 @@ _QUEUED = 10
 _LINGER = 2.0
 """Seconds in which a client may still read an answer that came before its request ended."""
 _LINGER_BYTES = 4 * 1024 * 1024
+_NEVER = float("inf")
 
 logger = structlog.get_logger(__name__)
 
 
 class Connection:
-    """Serves the requests of one connection, one after the other."""
+    """Serves the requests of one connection, one after the other.
+
+    Its deadlines are watched from outside, by :meth:`overdue`: a scope with a deadline for
+    every read and write would cost a tenth of a small call.
+    """
 
     def __init__(
         self,
@@ -68,64 +75,63 @@ class Connection:
         self._context = context
         self._settings = settings
         self._stream = stream
+        self._tcp = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
         self._scope = trio.CancelScope()
-        self._reading = trio.CancelScope()
-        self._answering: trio.CancelScope | None = None
-        self._deadline = trio.current_time() + (settings.header_timeout or float("inf"))
+        self._read_by = _NEVER
+        self._send_by = _NEVER
         self._sending = trio.Lock()
         self._broken = False
         self._lingering = False
+        self._begun = False
+        """Some of the next request's headers are here; their deadline runs."""
         self.idle = True
         """No request is being answered."""
+        self._limit(settings.header_timeout)
 
     async def run(self) -> None:
         """Serve until the client leaves, a deadline passes or the server stops."""
         try:
             with self._scope:
                 await self._run()
-        except Exception as error:
-            logger.exception("connection failed", error=scrub_text(str(error)))
+        except Exception as error:  # noqa: BLE001  one connection must not stop the server
+            logger.exception("connection failed", error=scrub_text(repr(error)))
             self._broken = True
         finally:
             await self._close()
 
+    def overdue(self, now: float) -> bool:
+        """The client has let a deadline pass."""
+        return now > self._read_by or now > self._send_by
+
     def end(self) -> None:
-        """Stop at once, whatever is under way."""
+        """Stop at once; an answer under way breaks off, so that it cannot pass for complete."""
         self._broken = self._broken or not self.idle
         self._scope.cancel()
 
     async def _run(self) -> None:
-        tcp = self._stream if isinstance(self._stream, trio.SocketStream) else None
-        if tcp is None:
-            encrypted = self._stream
-            assert isinstance(encrypted, trio.SSLStream)
-            tcp = encrypted.transport_stream
+        if self._stream is not self._tcp:
             try:
-                with trio.CancelScope(deadline=self._deadline) as handshake:
-                    await encrypted.do_handshake()
+                await cast("SSLStream[SocketStream]", self._stream).do_handshake()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
-            if handshake.cancelled_caught:
-                return
         try:
-            peer = tcp.socket.getpeername()
-            here = tcp.socket.getsockname()
+            peer = self._tcp.socket.getpeername()
+            here = self._tcp.socket.getsockname()
         except OSError:
             return  # gone already
-        family = tcp.socket.family
+        family = self._tcp.socket.family
         async with trio.open_nursery() as nursery:
-            protocol = _Protocol(
+            self._protocol = _Protocol(
                 self._app,
                 self._config,
                 self._context,
                 cast("TaskGroup", _Applications(self, nursery)),
                 ConnectionState({}),
-                tcp is not self._stream,
+                self._tcp is not self._stream,
                 parse_socket_addr(family, peer),
                 parse_socket_addr(family, here),
                 self._take,
             )
-            self._protocol = protocol
             self._wait_for_request()
             await self._read_requests()
             nursery.cancel_scope.cancel()
@@ -133,37 +139,40 @@ class Connection:
     # -- reading -------------------------------------------------------------------------
 
     async def _read_requests(self) -> None:
-        begun = False
         drained = 0
-        while True:
-            with trio.CancelScope(deadline=self._deadline) as self._reading:
-                try:
-                    data = await self._stream.receive_some(_READ)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    data = b""
-            if self._reading.cancelled_caught or not data or self._broken:
-                break
+        while not self._broken:
+            try:
+                data = await self._stream.receive_some(_READ)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+            if not data:
+                return
             if self._lingering:
                 drained += len(data)
                 if drained > _LINGER_BYTES:
-                    break
+                    return
                 continue
-            if not self.idle:
-                begun = False
-            elif not begun:
-                begun = True
-                self._limit(self._settings.header_timeout)
             await self._protocol.handle(RawData(bytes(data)))
-            if not self.idle:
-                begun = False
+            self._expect_more()
+
+    def _expect_more(self) -> None:
+        """Set the deadline for what the client owes now."""
+        if self._lingering:
+            return
+        if not self.idle:
+            owes_body = self._protocol.connection.their_state is h11.SEND_BODY
+            self._limit(self._settings.body_timeout if owes_body else 0)
+        elif not self._begun and self._protocol.connection.their_state is h11.IDLE:
+            self._begun = True
+            self._limit(self._settings.header_timeout)
 
     def _limit(self, seconds: float) -> None:
         """Give the client this long for its next bytes; 0 sets no limit."""
-        self._deadline = trio.current_time() + seconds if seconds > 0 else float("inf")
-        self._reading.deadline = self._deadline
+        self._read_by = trio.current_time() + seconds if seconds > 0 else _NEVER
 
     def _wait_for_request(self) -> None:
         self.idle = True
+        self._begun = False
         self._limit(self._settings.idle_timeout)
 
     # -- the protocol's side -------------------------------------------------------------
@@ -171,7 +180,8 @@ class Connection:
     async def _take(self, event: Event) -> None:
         """What the protocol wants done to the socket."""
         if isinstance(event, RawData):
-            await self._send(event.data)
+            if event.data:
+                await self._send(event.data)
         elif isinstance(event, Closed):
             self._linger()
         elif isinstance(event, Updated):
@@ -188,24 +198,19 @@ class Connection:
             await self._sending.acquire()
         else:
             self._sending.acquire_nowait()
+        if self._settings.send_timeout > 0:
+            self._send_by = trio.current_time() + self._settings.send_timeout
+        complete = False
         try:
-            with trio.CancelScope() as stall:
-                if self._settings.send_timeout > 0:
-                    stall.deadline = trio.current_time() + self._settings.send_timeout
-                complete = False
-                try:
-                    await self._stream.send_all(data)
-                    complete = True
-                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                    raise ClientGone from error
-                finally:
-                    if not complete:
-                        # part of it may be out: nothing sensible can follow
-                        self._broken = True
-            if stall.cancelled_caught:
-                self.end()
-                await trio.lowlevel.checkpoint_if_cancelled()
+            await self._stream.send_all(data)
+            complete = True
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ClientGone from error
         finally:
+            if not complete:
+                # part of it may be out: nothing sensible can follow
+                self._broken = True
+            self._send_by = _NEVER
             self._sending.release()
 
     def _linger(self) -> None:
@@ -218,14 +223,10 @@ class Connection:
             return
         self._lingering = True
         self.idle = True
-        tcp = self._stream
-        if isinstance(tcp, trio.SocketStream):
+        if self._stream is self._tcp:
             with contextlib.suppress(OSError):
-                tcp.socket.shutdown(stdlib_socket.SHUT_WR)
+                self._tcp.socket.shutdown(stdlib_socket.SHUT_WR)
         self._limit(_LINGER)
-
-    def answering(self, scope: trio.CancelScope | None) -> None:
-        self._answering = scope
 
     def abort(self) -> None:
         """Break the connection so that the client sees a failure, not an end."""
@@ -234,12 +235,9 @@ class Connection:
 
     async def _close(self) -> None:
         if self._broken:
-            tcp = self._stream
-            if not isinstance(tcp, trio.SocketStream):
-                tcp = tcp.transport_stream
             with contextlib.suppress(OSError):
                 # drop what the kernel still holds for a client that does not read
-                tcp.socket.setsockopt(
+                self._tcp.socket.setsockopt(
                     stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
         await trio.aclose_forcefully(self._stream)
@@ -281,9 +279,16 @@ class _Applications:
         receive: trio.MemoryReceiveChannel[Any],
         send: Callable[[Any], Awaitable[None]],
     ) -> None:
+        async def take() -> Any:
+            # no pass through the scheduler for what is here already
+            try:
+                return receive.receive_nowait()
+            except trio.WouldBlock:
+                return await receive.receive()
+
         try:
             with receive:
-                await app(scope, receive.receive, send)
+                await app(scope, take, send)
             await send(None)
         except ClientGone:
             self._connection.abort()
@@ -316,6 +321,9 @@ def _means_gone(error: BaseException) -> bool:
 class _Protocol(H11Protocol):
     """HTTP/1.0 and 1.1 only: no upgrade to HTTP/2, no WebSocket."""
 
+    _held = b""
+    """The headers of an answer, sent together with its first bytes."""
+
     async def handle(self, event: Event) -> None:
         try:
             await super().handle(event)
@@ -323,12 +331,32 @@ class _Protocol(H11Protocol):
             await self._send_error_response(505)
             await self.send(Closed())
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and event.status_code >= 200:
+            answer = h11.Response(headers=event.headers, status_code=event.status_code)
+            self._held = with_fixed_headers(self._encode(answer))
+        elif isinstance(event, Body | EndBody):
+            part = h11.Data(data=event.data) if isinstance(event, Body) else h11.EndOfMessage()
+            data = self._held + self._encode(part)
+            self._held = b""
+            await self.send(RawData(data))
+        else:
+            await super().stream_send(event)
+
+    def _encode(self, event: h11.Event) -> bytes:
+        try:
+            return cast("h11.Connection", self.connection).send(event) or b""
+        except h11.LocalProtocolError:
+            if self.connection.their_state is h11.ERROR:
+                return b""
+            raise
+
     async def _check_protocol(self, event: h11.Request) -> None:
         if event.http_version not in {b"1.0", b"1.1"}:
             raise _WrongVersion
 
     async def _create_stream(self, request: h11.Request) -> None:
-        self.stream = HTTPStream(
+        self.stream = _Stream(
             self.app,
             self.config,
             self.context,
@@ -350,6 +378,23 @@ class _Protocol(H11Protocol):
             )
         )
         self.keep_alive_requests += 1
+
+
+class _Stream(HTTPStream):
+    """Gives the application the last piece of a body together with its end."""
+
+    _piece: bytes | None = None
+
+    async def handle(self, event: StreamEvent) -> None:
+        if self.closed or not isinstance(event, Body | EndBody):
+            await super().handle(event)
+            return
+        before = self._piece
+        self._piece = bytes(event.data) if isinstance(event, Body) else None
+        if self._piece is None:
+            await self.app_put({"type": "http.request", "body": before or b"", "more_body": False})
+        elif before is not None:
+            await self.app_put({"type": "http.request", "body": before, "more_body": True})
 
 
 class _WrongVersion(Exception):

@@ -32,32 +32,10 @@ if TYPE_CHECKING:
 
 logger = structlog.get_logger(__name__)
 
-SECURITY_HEADERS: Headers = [
-    (
-        b"content-security-policy",
-        (
-            b"default-src 'self';base-uri 'self';block-all-mixed-content;"
-            b"font-src 'self' https: data:;"
-            b"frame-ancestors 'self';img-src 'self' data:;object-src 'none';script-src 'self';"
-            b"script-src-attr 'none';style-src 'self' https: 'unsafe-inline';"
-            b"upgrade-insecure-requests"
-        ),
-    ),
-    (b"x-dns-prefetch-control", b"off"),
-    (b"expect-ct", b"max-age=0"),
-    (b"x-frame-options", b"SAMEORIGIN"),
-    (b"strict-transport-security", b"max-age=15552000; includeSubDomains"),
-    (b"x-download-options", b"noopen"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-permitted-cross-domain-policies", b"none"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-xss-protection", b"0"),
-]
 _REASONS = {
     200: b"",
     401: b"Unauthorized",
     405: b"Method Not Allowed",
-    408: b"Request Timeout",
     413: b"Payload Too Large",
     501: b"Not Implemented",
 }
@@ -104,7 +82,7 @@ class Endpoint:
 
     def _headers(self, token: bytes) -> Headers:
         news = self._authenticator.news_for(token)
-        return SECURITY_HEADERS if news is None else [*SECURITY_HEADERS, (b"set-cookie", news)]
+        return [] if news is None else [(b"set-cookie", news)]
 
     async def _read(
         self, headers: Headers, receive: Receive, settings: ApiConfig
@@ -114,20 +92,20 @@ class Endpoint:
         for name, value in headers:
             if name == b"content-length" and int(value) > limit:
                 return 413
+        event = await receive()
+        if event["type"] == "http.request" and not event["more_body"]:
+            whole: bytes = event["body"]
+            return whole if len(whole) <= limit else 413
         body = bytearray()
-        with trio.CancelScope() as scope:
-            while True:
-                if settings.body_timeout > 0:
-                    scope.deadline = trio.current_time() + settings.body_timeout
-                event = await receive()
-                if event["type"] != "http.request":
-                    return None
-                body += event["body"]
-                if len(body) > limit:
-                    return 413
-                if not event["more_body"]:
-                    return body
-        return 408
+        while True:
+            if event["type"] != "http.request":
+                return None
+            body += event["body"]
+            if len(body) > limit:
+                return 413
+            if not event["more_body"]:
+                return body
+            event = await receive()
 
     async def _answer(self, body: bytes | bytearray, reply: Reply, settings: ApiConfig) -> None:
         try:
@@ -215,7 +193,6 @@ async def _plain(send: Send, status: int, *headers: tuple[bytes, bytes]) -> None
                 (b"content-type", b"text/plain; charset=utf-8"),
                 (b"content-length", b"%d" % len(text)),
                 *headers,
-                *SECURITY_HEADERS,
             ],
         }
     )

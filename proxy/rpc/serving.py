@@ -213,6 +213,7 @@ async def serve(
     """
     config = Config()
     config.include_server_header = False
+    config.include_date_header = False  # with the fixed headers
     config.accesslog = None
     config.errorlog = None
     # never answer "connection: close" because of a count
@@ -225,6 +226,7 @@ async def serve(
         await lifespan.wait_for_startup()
         try:
             async with trio.open_nursery() as connections:
+                connections.start_soon(server.watch)
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
                         accepting.start_soon(server.accept, listener, connections)
@@ -281,6 +283,21 @@ class _Server:
     @property
     def count(self) -> int:
         return len(self._open)
+
+    async def watch(self) -> None:
+        """End connections whose deadline has passed.  Runs until cancelled."""
+        while True:
+            settings = self._settings()
+            limits = (
+                settings.header_timeout,
+                settings.body_timeout,
+                settings.idle_timeout,
+                settings.send_timeout,
+            )
+            await trio.sleep(min(1.0, *(limit / 4 for limit in limits if limit > 0)))
+            now = trio.current_time()
+            for connection in [one for one in self._open if one.overdue(now)]:
+                connection.end()
 
     async def accept(self, listener: Listener, nursery: trio.Nursery) -> None:
         """Accept for ever.  Running out of descriptors pauses it, with a warning."""
