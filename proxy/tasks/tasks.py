@@ -47,6 +47,11 @@ class Tasks:
         self._feed = Feed(journal)
         self._runs: dict[str, Run] = {}
 
+    @property
+    def installation(self) -> str:
+        """Names this installation; made with the journal and kept with it."""
+        return self._journal.boots.journal
+
     # -- starting ----------------------------------------------------------------------------
 
     def start(

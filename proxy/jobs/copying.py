@@ -1,0 +1,245 @@
+"""One stream, read once, given to several consumers at the pace of the slowest.
+
+Memory is the buffers of one pool, whatever the number of consumers.  The time that each
+stage waits for the others is measured on the way: it names what limits the speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from proxy.errors import ProxyError
+from proxy.runtime.buffers import Buffer
+from proxy.runtime.threads import Work, in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from proxy.formats.xva_check import Validator
+    from proxy.jobs.rate_limit import RateLimit
+    from proxy.runtime.buffers import BufferPool
+
+
+class Source(Protocol):
+    """Where the bytes come from: an export, or a file of a remote."""
+
+    async def read_into(self, view: memoryview, /) -> int: ...
+
+    async def finish(self) -> None:
+        """After the last byte: raise unless the source says that it was all and all well."""
+        ...
+
+    @property
+    def peer_lossy(self) -> bool: ...
+
+
+class NoConsumers(ProxyError):
+    """Nobody needs the rest of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__("no more consumers for this stream")
+
+
+class Check:
+    """Looks at every byte of an XVA: is it whole, and what is its MD5?
+
+    ``feed`` and ``finish`` are CPU work; ``digest`` is valid after ``finish``.
+    """
+
+    def __init__(self, validator: Validator) -> None:
+        self._validator = validator
+        self._md5 = hashlib.md5(usedforsecurity=False)
+
+    def feed(self, view: memoryview) -> None:
+        self._validator.feed(view)
+        self._md5.update(view)
+
+    def finish(self) -> None:
+        self._validator.finish()
+
+    def digest(self) -> bytes:
+        return self._md5.digest()
+
+
+class Consumer:
+    """One end of a :class:`FanOut`; used by one task."""
+
+    def __init__(self, capacity: int) -> None:
+        self.busy = 0.0
+        """Seconds spent with buffers in hand."""
+        self._send, self._receive = trio.open_memory_channel[Buffer](capacity)
+        self._failure: Exception | None = None
+
+    async def next(self) -> Buffer | None:
+        """The next buffer, to be used in :meth:`using`; ``None`` at the confirmed end.
+
+        Raises the source's error where the stream broke.
+        """
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            if self._failure is not None:
+                raise self._failure from None
+            return None
+
+    @contextlib.contextmanager
+    def using(self, buffer: Buffer) -> Iterator[memoryview]:
+        """The buffer's bytes for the block; then it goes back to the pool."""
+        began = trio.current_time()
+        try:
+            yield buffer.view
+        finally:
+            buffer.release()
+            self.busy += trio.current_time() - began
+
+    def give(self, buffer: Buffer) -> bool:
+        """Whether the consumer is still there; never blocks: the channel holds the whole pool."""
+        try:
+            self._send.send_nowait(buffer)
+        except trio.BrokenResourceError:
+            return False
+        return True
+
+    def end(self, failure: Exception | None) -> None:
+        """No more buffers; with ``failure`` the stream was not complete."""
+        self._failure = failure
+        self._send.close()
+
+    def leave(self) -> None:
+        """Want nothing more; what is queued goes back to the pool."""
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            while True:
+                self._receive.receive_nowait().release()
+        self._receive.close()
+
+
+class FanOut:
+    """Reads a source once for all its targets, and checks it on the way.
+
+    ``pool`` bounds the memory.  Targets are made before :meth:`run`.
+    """
+
+    def __init__(
+        self, source: Source, pool: BufferPool, check: Check, rate: RateLimit | None = None
+    ) -> None:
+        self._source = source
+        self._pool = pool
+        self._check = check
+        self._rate = rate
+        self._targets: list[Consumer] = []
+        self._checker = Consumer(pool.count)
+        self._waited_source = 0.0
+        self._waited_buffer = 0.0
+        self._waited_rate = 0.0
+
+    def target(self) -> Consumer:
+        made = Consumer(self._pool.count)
+        self._targets.append(made)
+        return made
+
+    async def run(self) -> None:
+        """Read to the end, finish the check, and ask the source whether it was all.
+
+        Raises the first error of these, or :class:`NoConsumers`.  Targets see their end only
+        after all three: what they make permanent is complete and checked.
+        """
+        failure: Exception | None = NoConsumers()
+        try:
+            await self._read_and_check()
+            await self._source.finish()
+            failure = None
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            for target in self._targets:
+                target.end(failure)
+
+    async def _read_and_check(self) -> None:
+        failures: list[Exception] = []
+
+        async def checking() -> None:
+            try:
+                await self._feed_check()
+            except ProxyError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel("the stream is corrupt")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(checking)
+            try:
+                await self._pump()
+            except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
+                failures.append(error)
+                nursery.cancel_scope.cancel("the source broke")
+            self._checker.end(None)
+        if failures:
+            raise failures[0]
+        await in_thread(Work.CPU, self._check.finish)
+
+    async def _feed_check(self) -> None:
+        try:
+            while (buffer := await self._checker.next()) is not None:
+                with self._checker.using(buffer) as view:
+                    await in_thread(Work.CPU, self._check.feed, view)
+        finally:
+            self._checker.leave()
+
+    async def _pump(self) -> None:
+        while True:
+            began = trio.current_time()
+            buffer = await self._pool.acquire()
+            got_buffer = trio.current_time()
+            try:
+                buffer.length = await self._fill(buffer.memory)
+            except BaseException:
+                buffer.release()
+                raise
+            self._waited_buffer += got_buffer - began
+            self._waited_source += trio.current_time() - got_buffer
+            length = buffer.length
+            if length == 0:
+                buffer.release()
+                return
+            self._distribute(buffer)
+            if self._rate is not None:
+                self._waited_rate += await self._rate.spend(length)
+
+    async def _fill(self, memory: memoryview) -> int:
+        filled = 0
+        while filled < len(memory):
+            count = await self._source.read_into(memory[filled:])
+            if count == 0:
+                break
+            filled += count
+        return filled
+
+    def _distribute(self, buffer: Buffer) -> None:
+        receivers = [*self._targets, self._checker]
+        buffer.share(len(receivers) + 1)  # ours goes last: nobody frees it while it is given out
+        for receiver in receivers:
+            if not receiver.give(buffer):
+                buffer.release()
+                self._targets.remove(receiver)
+        buffer.release()
+        if not self._targets:
+            raise NoConsumers
+
+    def bottleneck(self) -> str:
+        """The stage that the others wait for: source, network, CPU, target, maxExportRate."""
+        waits = {
+            "source": self._waited_source,
+            "downstream": self._waited_buffer,
+            "maxExportRate": self._waited_rate,
+        }
+        slowest = max(waits, key=lambda stage: waits[stage])
+        if slowest == "source":
+            return "network" if self._source.peer_lossy else "source"
+        if slowest == "downstream":
+            busiest = max((target.busy for target in self._targets), default=0.0)
+            return "CPU" if self._checker.busy > busiest else "target"
+        return slowest

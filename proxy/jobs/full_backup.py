@@ -1,0 +1,286 @@
+"""A full backup of one VM: snapshot, export, copies on every target, retention, undo."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import trio
+
+from proxy.errors import Canceled, Many, ProxyError, Refused
+from proxy.formats.xva_check import Validator
+from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
+from proxy.jobs.power import restarted, shut_down
+from proxy.jobs.settings import refuse_contradictions
+from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, write_full
+from proxy.jobs.undo import undo_step
+from proxy.repository import clean_vm, date_name
+from proxy.runtime.buffers import BufferPool
+from proxy.xapi import ownership, vms
+from proxy.xapi.migration import block_migration
+from proxy.xapi.snapshots import NO_BACKUP, take_snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from proxy.jobs.copying import Consumer
+    from proxy.jobs.rate_limit import RateLimit
+    from proxy.jobs.requests import VmJob
+    from proxy.jobs.settings import Settings
+    from proxy.tasks import Task
+    from proxy.xapi import Xapi
+
+_BUFFERS = 6
+"""Of 2 MiB, per VM: enough that network, hash and disk each have one in hand and one waiting."""
+_DESTROY_SECONDS = 300.0
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class VmBackup:
+    """One VM in one run, as every attempt sees it."""
+
+    job: VmJob
+    run_id: str
+    installation: str
+    is_live_run: Callable[[str], bool]
+    snapshot_name: str
+    rate: RateLimit
+    xapi: Xapi
+    vm_ref: str
+    vm: dict[str, Any]
+    settings: Settings
+
+    @property
+    def uuid(self) -> str:
+        return str(self.vm["uuid"])
+
+
+def refuse_vm(backup: VmBackup) -> None:
+    """Raise for a VM that must not be backed up; no attempt changes that."""
+    vm = backup.vm
+    if vm.get("other_config", {}).get(ownership.JOB) == backup.job.id and "start" in vm.get(
+        "blocked_operations", {}
+    ):
+        raise Refused("cannot backup a VM created by this very job", code="EREPLICA")
+    operations = set(vm.get("current_operations", {}).values())
+    if operations & {"migrate_send", "pool_migrate"}:
+        raise Refused("cannot backup a VM currently being migrated", code="EMIGRATING")
+    refuse_contradictions(backup.settings)
+
+
+async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> list[str]:
+    """One attempt; the caller holds the targets' locks.  Returns the ids of targets that failed.
+
+    Raises when the VM has no backup from this attempt at all.  After a failure or a cancel
+    the pool is as before: no new snapshot, migration allowed, the VM running if it ran.
+    """
+    xapi, vm_ref = backup.xapi, backup.vm_ref
+    failed: list[str] = []
+    try:
+        async with block_migration(xapi, vm_ref):
+            await ownership.reset_keys(xapi, vm_ref)
+            await _prune(backup, include_unfinished=True)
+            async with restarted(task, backup, needed=_shuts_down(backup)) as start_now:
+                if _shuts_down(backup):
+                    await shut_down(backup)
+                if not _needs_snapshot(backup, await vms.disks(xapi, backup.vm)):
+                    if targets:
+                        failed = await _export(task, backup, vm_ref, backup.vm, targets)
+                else:
+                    async with _snapshot(task, backup) as snapshot_ref:
+                        if backup.settings.offline_snapshot:
+                            await start_now()
+                        if targets:
+                            record = await xapi.record("VM", snapshot_ref)
+                            failed = await _export(task, backup, snapshot_ref, record, targets)
+            await _prune(backup)
+    finally:
+        if not task.cancel_requested:
+            await _clean(task, backup, targets)
+    return failed
+
+
+def _shuts_down(backup: VmBackup) -> bool:
+    settings = backup.settings
+    wanted = settings.offline_backup or settings.offline_snapshot
+    return wanted and backup.vm.get("power_state") == "Running"
+
+
+def _needs_snapshot(
+    backup: VmBackup, disks: Sequence[tuple[dict[str, Any], str, dict[str, Any]]]
+) -> bool:
+    settings = backup.settings
+    return (
+        settings.unconditional_snapshot
+        or (not settings.offline_backup and backup.vm.get("power_state") == "Running")
+        or settings.snapshot_retention != 0
+        or any(NO_BACKUP in vdi.get("name_label", "") for _, _, vdi in disks)
+    )
+
+
+# -- snapshots ----------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
+    """A snapshot with all its keys for the block; destroyed when the block fails."""
+    xapi = backup.xapi
+    marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
+    async with contextlib.AsyncExitStack() as stack:
+        async with task.child("snapshot") as child:
+            ref = await take_snapshot(
+                xapi,
+                backup.vm_ref,
+                checkpoint=backup.settings.checkpoint_snapshot,
+                bypass_chain_check=backup.settings.bypass_vdi_chains_check,
+                marks=marks,
+            )
+            await stack.enter_async_context(_destroyed_on_failure(task, xapi, ref))
+            taken = time.time()
+            await ownership.set_keys(
+                xapi,
+                ref,
+                {
+                    ownership.SR: None,
+                    ownership.DATETIME: _key_date(taken),
+                    ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
+                    ownership.JOB: backup.job.id,
+                    ownership.SCHEDULE: backup.job.schedule_id,
+                    ownership.VM: backup.uuid,
+                    ownership.RUN: None,
+                    ownership.PROXY: None,
+                },
+            )
+            await xapi.call("VM.set_name_label", ref, backup.snapshot_name)
+            child.result = await xapi.call("VM.get_uuid", ref)
+        yield ref
+
+
+@contextlib.asynccontextmanager
+async def _destroyed_on_failure(task: Task, xapi: Xapi, ref: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException:
+        async with undo_step(task, "destroy the new snapshot", _DESTROY_SECONDS):
+            await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+        raise
+
+
+def _key_date(seconds: float) -> str:
+    date = date_name(seconds * 1000)
+    return f"{date[:11]}:{date[11:13]}:{date[13:]}"
+
+
+async def _prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:
+    """Destroy this job's snapshots beyond their schedule's retention."""
+    xapi = backup.xapi
+    vm = await xapi.record("VM", backup.vm_ref)
+    snapshots = await list_snapshots(xapi, vm, backup.job.id)
+    levels = backup.job.settings
+    gone = [
+        one.ref
+        for one in expired(
+            snapshots, lambda schedule: levels.snapshot_retention(schedule, backup.uuid)
+        )
+    ]
+    if include_unfinished:
+        gone += await unfinished_snapshots(xapi, vm, backup.installation, backup.is_live_run)
+    for ref in gone:
+        await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+
+
+# -- copies -------------------------------------------------------------------------------------
+
+
+async def _export(
+    task: Task,
+    backup: VmBackup,
+    ref: str,
+    exported: dict[str, Any],
+    targets: Sequence[RemoteTarget],
+) -> list[str]:
+    """Read the export once into every target; the ids of those that failed.
+
+    Raises when all failed, with the source's error if it was that.
+    """
+    xapi = backup.xapi
+    compression = cast("Literal['none', 'native', 'zstd']", backup.job.compression)
+    estimate = await _estimate(xapi, exported)
+    errors: dict[str, Exception] = {}
+    broken: Exception | None = None
+    async with xapi.export_vm(ref, compression=compression) as download:
+        check = Check(Validator())
+        fan_out = FanOut(download, BufferPool(_BUFFERS), check, backup.rate)
+        copy = FullCopy(
+            vm_uuid=backup.uuid,
+            job_id=backup.job.id,
+            schedule_id=backup.job.schedule_id,
+            timestamp=now_ms(),
+            vm=backup.vm,
+            exported=exported,
+            estimate=estimate,
+            digest=check.digest,
+            bottleneck=fan_out.bottleneck,
+        )
+        async with trio.open_nursery() as nursery:
+            for target in targets:
+                nursery.start_soon(_one_target, task, target, copy, fan_out.target(), errors)
+            try:
+                await fan_out.run()
+            except NoConsumers:
+                pass  # the targets' own errors tell why
+            except Exception as error:  # noqa: BLE001  raised below, when the targets have ended
+                broken = error
+    if broken is not None:
+        raise broken
+    if len(errors) < len(targets):
+        return list(errors)
+    if len(targets) == 1:
+        raise next(iter(errors.values()))
+    if all(isinstance(error, Canceled) for error in errors.values()):
+        raise Canceled("every target was canceled")
+    raise Many.all_targets("writer.run()", list(errors.values()))
+
+
+async def _one_target(
+    task: Task,
+    target: RemoteTarget,
+    copy: FullCopy,
+    consumer: Consumer,
+    errors: dict[str, Exception],
+) -> None:
+    try:
+        async with task.child("export", id=target.id, type="remote", isFull=True) as export:
+            await write_full(export, target, copy, consumer)
+    except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
+        errors[target.id] = error
+    finally:
+        consumer.leave()
+
+
+async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:
+    """About how long the archive will be: what the disks use on their SR, in whole chunks.
+
+    An upper bound when compressed.  XAPI tells no length.
+    """
+    total = _MIB
+    for _, _, vdi in await vms.disks(xapi, dict(exported)):
+        size = int(vdi.get("virtual_size") or 0)
+        used = int(vdi.get("physical_utilisation") or 0) or size
+        total += -(-min(used, size) // _MIB) * (_MIB + 1536)
+    return total
+
+
+async def _clean(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> None:
+    for target in targets:
+        try:
+            async with task.child("clean-vm") as clean:
+                clean.result = await clean_vm(
+                    target.remote, backup.uuid, lock=target.lock, warn=clean.warning
+                )
+        except ProxyError:
+            continue  # in the log of the clean; the backup itself is not touched by it

@@ -1,0 +1,90 @@
+"""The snapshots that jobs of ours keep on a VM: finding, pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from proxy.xapi import ownership, vms
+from proxy.xapi.snapshots import TEMPORARY_NAME
+from proxy.xapi.together import together
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from proxy.xapi import Xapi
+
+
+@dataclass(frozen=True, slots=True)
+class JobSnapshot:
+    """One snapshot VM with a job's keys; ``datetime`` sorts by time."""
+
+    ref: str
+    uuid: str
+    schedule_id: str
+    datetime: str
+
+
+async def list_snapshots(xapi: Xapi, vm: dict[str, Any], job_id: str) -> list[JobSnapshot]:
+    """The snapshots of ``vm`` that job ``job_id`` made, oldest first.
+
+    Read from the pool now: a copy fed by events lacks a snapshot whose event has not come.
+    A snapshot of which any key disagrees is somebody else's.
+    """
+    found: list[JobSnapshot] = []
+    for ref, record in await _snapshots(xapi, vm):
+        keys = _keys(record)
+        if (
+            record.get("is_a_snapshot")
+            and keys.get(ownership.JOB) == job_id
+            and keys.get(ownership.VM) == vm["uuid"]
+            and ownership.DATETIME in keys
+            and ownership.COPY_OF not in keys
+        ):
+            found.append(
+                JobSnapshot(
+                    ref,
+                    record["uuid"],
+                    keys.get(ownership.SCHEDULE, ""),
+                    keys[ownership.DATETIME].replace(":", ""),
+                )
+            )
+    return sorted(found, key=lambda snapshot: snapshot.datetime)
+
+
+async def unfinished_snapshots(
+    xapi: Xapi, vm: dict[str, Any], installation: str, is_live: Callable[[str], bool]
+) -> list[str]:
+    """Snapshots still under the temporary name that a dead run of this installation left."""
+    return [
+        ref
+        for ref, record in await _snapshots(xapi, vm)
+        if record.get("name_label") == TEMPORARY_NAME
+        and _keys(record).get(ownership.PROXY) == installation
+        and not is_live(_keys(record).get(ownership.RUN, ""))
+    ]
+
+
+def _keys(record: dict[str, Any]) -> dict[str, str]:
+    return record.get("other_config") or {}
+
+
+async def _snapshots(xapi: Xapi, vm: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    async def read(ref: str) -> tuple[str, dict[str, Any]] | None:
+        record = await vms.record_or_none(xapi, "VM", ref)
+        return None if record is None else (ref, record)
+
+    refs = [ref for ref in vm.get("snapshots", []) if vms.is_ref(ref)]
+    return [one for one in await together(read, refs) if one is not None]
+
+
+def expired(snapshots: Sequence[JobSnapshot], retention: Callable[[str], int]) -> list[JobSnapshot]:
+    """Those beyond the retention of the schedule that made each, oldest first."""
+    by_schedule: dict[str, list[JobSnapshot]] = {}
+    for snapshot in snapshots:
+        by_schedule.setdefault(snapshot.schedule_id, []).append(snapshot)
+    gone: list[JobSnapshot] = []
+    for schedule_id, ours in by_schedule.items():
+        keep = max(0, retention(schedule_id))
+        gone += ours[: len(ours) - keep] if keep else ours
+    return gone

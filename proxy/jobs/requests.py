@@ -1,0 +1,118 @@
+"""What a call asks for, checked as far as it can be without touching anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from proxy.errors import Refused
+from proxy.jobs.patterns import ids_of
+from proxy.jobs.settings import SettingLevels
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class BackupRequest:
+    """``backup.run`` as received; ``remotes`` and ``xapis`` hold credentials."""
+
+    job: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+    remotes: Mapping[str, Mapping[str, Any]]
+    xapis: Mapping[str, Mapping[str, Any]]
+    record_to_xapi: Mapping[str, str]
+    job_data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def job_id(self) -> str | None:
+        found = self.job.get("id")
+        return None if found is None else str(found)
+
+    def properties(self) -> dict[str, Any]:
+        """Of the root task: every key of ``jobData``, completed from the job itself."""
+        return {
+            "jobId": self.job_id,
+            "jobName": self.job.get("name"),
+            "mode": self.job.get("mode"),
+            "scheduleId": self.schedule.get("id"),
+            **self.job_data,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class VmJob:
+    """A job that backs up VMs, understood."""
+
+    id: str
+    name: str
+    mode: str
+    compression: str
+    """``none``, ``native`` (gzip) or ``zstd``."""
+    schedule_id: str
+    vms: list[str]
+    remote_ids: list[str]
+    settings: SettingLevels
+    request: BackupRequest
+
+
+_COMPRESSIONS = {"": "none", "native": "native", "zstd": "zstd"}
+
+
+def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
+    """Raises ``Refused`` for what this daemon cannot run, before anything is touched.
+
+    Nothing that is asked for is left out in silence.
+    """
+    job = request.job
+    kind = job.get("type")
+    if kind != "backup":
+        raise Refused(f"No runner for the backup type {kind}", code="ENOTSUP")
+    mode = str(job.get("mode"))
+    if mode not in ("full", "delta"):
+        raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")
+    schedule_id = str(request.schedule.get("id", ""))
+    levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
+    remote_ids = ids_of(job.get("remotes"))
+    _refuse_unsupported(mode, job, levels, remote_ids)
+    compression = job.get("compression") or ""
+    return VmJob(
+        id=str(job.get("id", "")),
+        name=str(job.get("name", "")),
+        mode=mode,
+        compression=_COMPRESSIONS.get(str(compression), "zstd"),
+        schedule_id=schedule_id,
+        vms=ids_of(job.get("vms")),
+        remote_ids=remote_ids,
+        settings=levels,
+        request=request,
+    )
+
+
+def _refuse_unsupported(
+    mode: str, job: Mapping[str, Any], levels: SettingLevels, remote_ids: Sequence[str]
+) -> None:
+    if mode == "delta" and remote_ids:
+        raise Refused("incremental backups to remotes are not available yet", code="ENOTSUP")
+    if ids_of(job.get("srs")):
+        raise Refused("replication to SRs is not available yet", code="ENOTSUP")
+    if levels.run.health_check_sr is not None:
+        raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
+    if levels.run.distribute_backups:
+        raise Refused(
+            "distributed backups are not available yet: unset distributeBackups", code="ENOTSUP"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRequest:
+    """``backup.importVmBackup`` as received."""
+
+    backup_id: str
+    remote: Mapping[str, Any]
+    sr_uuid: str
+    xapi: Mapping[str, Any]
+    new_mac_addresses: bool = False
+    additional_vm_tag: str | None = None
+    ignored: tuple[str, ...] = ()
+    """Settings that mean nothing for this backup's mode: told in the log."""

@@ -1,0 +1,151 @@
+"""The settings of a run: XO's levels, in XO's order, with types."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from proxy.errors import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_Number = int | float
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What a VM's backup is told.  Times are in milliseconds, as XO sends them."""
+
+    bypass_vdi_chains_check: bool = False
+    checkpoint_snapshot: bool = False
+    concurrency: _Number = 2
+    """VMs at once; 0 is no limit."""
+    copy_retention: _Number = 0
+    delete_first: bool = False
+    distribute_backups: bool = False
+    export_retention: _Number = 0
+    """Backups kept on a remote, the new one included."""
+    get_remote_timeout: _Number = 300_000
+    """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
+    health_check_sr: str | None = None
+    long_term_retention: dict[str, Any] = {}
+    max_export_rate: _Number = 0
+    """Bytes per second over all VMs of the run; 0 is no limit."""
+    n_retries_vm_backup_failures: int = 0
+    offline_backup: bool = False
+    offline_snapshot: bool = False
+    skip_delete_old_entries: bool = False
+    snapshot_retention: _Number = 0
+    timeout: _Number = 0
+    """For the whole run; 0 is no limit."""
+    timezone: str | None = None
+    unconditional_snapshot: bool = False
+    vm_timeout: _Number = 0
+    """For all attempts at one VM; 0 is no limit."""
+
+
+REPORT_KEYS = frozenset(
+    {"reportWhen", "backupReportTpl", "hideSuccessfulItems", "reportRecipients", "useBasicAuth"}
+)
+"""Read by XO when it writes its report, not by a run."""
+
+DELTA_KEYS = frozenset(
+    {
+        "fullInterval",
+        "preferNbd",
+        "useNbd",
+        "nbdConcurrency",
+        "cbtDestroySnapshotData",
+        "diskPerVmConcurrency",
+        "maxMergedDeltasPerRun",
+        "mergeBackupsSynchronously",
+        "validateVhdStreams",
+    }
+)
+"""Mean something only for incremental backups."""
+
+HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
+REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
+IGNORED = REPORT_KEYS | DELTA_KEYS | HEALTH_KEYS | REPLICATION_KEYS
+
+KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
+
+
+class SettingLevels:
+    """The levels of one job; later ones win.
+
+    config defaults → ``job.settings['']`` → schedule → VM → target.  A ``null`` is no value:
+    the level below counts.
+    """
+
+    def __init__(self, job_settings: Mapping[str, Any], schedule_id: str, defaults: Sequence[Any]):
+        self._job = job_settings
+        self._base = [*defaults, job_settings.get(""), job_settings.get(schedule_id)]
+        self.run = self._read(self._base, "the job")
+
+    def vm(self, vm_uuid: str, tags: Sequence[str] = ()) -> Settings:
+        """For one VM; two tags of the VM force their setting."""
+        return self._read([*self._base, self._job.get(vm_uuid), _forced(tags)], vm_uuid)
+
+    def target(self, vm_uuid: str, target_id: str) -> Settings:
+        """For one VM on one remote or SR."""
+        levels = [*self._base, self._job.get(vm_uuid), self._job.get(target_id)]
+        return self._read(levels, target_id)
+
+    def snapshot_retention(self, schedule_id: str, vm_uuid: str) -> int:
+        """For the snapshots that ``schedule_id`` made, which may be another schedule's."""
+        levels = [*self._base[:-1], self._job.get(schedule_id), self._job.get(vm_uuid)]
+        return int(self._read(levels, schedule_id).snapshot_retention)
+
+    def unknown_keys(self) -> list[str]:
+        """Keys that mean nothing to any run, to be told once."""
+        found: set[str] = set()
+        for level in (*self._base, *self._job.values()):
+            found.update(set(_level(level, "the job")) - KNOWN - IGNORED)
+        return sorted(found)
+
+    @staticmethod
+    def _read(levels: Sequence[Any], where: str) -> Settings:
+        merged: dict[str, Any] = {}
+        for level in levels:
+            given = _level(level, where)
+            merged.update({key: value for key, value in given.items() if value is not None})
+        try:
+            return msgspec.convert({k: v for k, v in merged.items() if k in KNOWN}, Settings)
+        except msgspec.ValidationError as error:
+            raise _invalid(where, str(error)) from error
+
+
+def _level(level: object, where: str) -> dict[str, Any]:
+    if level is None:
+        return {}
+    if not isinstance(level, dict):
+        raise _invalid(where, "must be object")
+    return cast("dict[str, Any]", level)
+
+
+def _invalid(where: str, message: str) -> Refused:
+    # Not InvalidParams: on that number XO would repeat the run without its log.
+    return Refused(
+        f"the settings of {where} are wrong: {message}", code="EINVAL", data={"settings": where}
+    )
+
+
+def _forced(tags: Sequence[str]) -> dict[str, Any]:
+    forced: dict[str, Any] = {}
+    if "xo-memory-backup" in tags:
+        forced["checkpointSnapshot"] = True
+    if "xo-offline-backup" in tags:
+        forced["offlineSnapshot"] = True
+    return forced
+
+
+def refuse_contradictions(settings: Settings) -> None:
+    """Raise ``Refused`` for settings that exclude one another (upstream's message)."""
+    if settings.offline_backup and settings.snapshot_retention != 0:
+        raise Refused(
+            "offlineBackup is not compatible with snapshotRetention",
+            code="EINVAL",
+            data={"snapshotRetention": settings.snapshot_retention},
+        )
