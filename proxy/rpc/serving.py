@@ -236,7 +236,9 @@ async def serve(
                 await context.terminated.set()
                 app.stopping.set()
                 server.end_idle()
-                connections.start_soon(_cut_off, server, connections, grace, now)
+                connections.start_soon(
+                    _cut_off, server, connections, grace, trio.Event() if now is None else now
+                )
         finally:
             for listener in listeners:
                 await trio.aclose_forcefully(listener)
@@ -245,7 +247,7 @@ async def serve(
 
 
 async def _cut_off(
-    server: _Server, connections: trio.Nursery, grace: float, now: trio.Event | None
+    server: _Server, connections: trio.Nursery, grace: float, now: trio.Event
 ) -> None:
     """End what is left when the time is over, or return when nothing is left."""
     with trio.move_on_after(grace):
@@ -256,7 +258,7 @@ async def _cut_off(
                 waiting.cancel_scope.cancel()
 
             async def wait_for_now() -> None:
-                await (now or trio.Event()).wait()
+                await now.wait()
                 waiting.cancel_scope.cancel()
 
             waiting.start_soon(wait_for_all)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from proxy.remotes.probe import test_remote
 from proxy.repository.totals import total_backup_size
+from proxy.rpc.envelope import describe
 from proxy.rpc.registry import Params, Registry
 
 if TYPE_CHECKING:
@@ -48,6 +50,30 @@ async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
     """Opening the remote is the test: it is mounted and written to."""
     async with context.services.remote(params.remote):
         return {"success": True}
+
+
+@methods.method(
+    "remote.test",
+    RemoteParams,
+    result={
+        "type": "object",
+        "properties": {
+            "success": {"type": "boolean"},
+            "writeRate": {"type": "number", "description": "bytes per second"},
+            "readRate": {"type": "number", "description": "bytes per second"},
+            "step": {"enum": ["write", "read", "unlink"]},
+            "file": {"type": "string"},
+            "error": {"type": "string"},
+        },
+        "required": ["success"],
+    },
+)
+async def test(context: Context, params: RemoteParams) -> dict[str, Any]:
+    """Whatever goes wrong is in the answer, which is never an error."""
+    try:
+        return await test_remote(context.services.remote(params.remote))
+    except Exception as error:  # noqa: BLE001  logged by describe()
+        return {"success": False, "error": describe(error)["message"]}
 
 
 @methods.method(
