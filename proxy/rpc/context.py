@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     import trio
 
     from proxy.config import ApiConfig
+    from proxy.jobs import BackupRequest, RestoreRequest
     from proxy.remotes.interface import Remote
     from proxy.rpc.auth import Authenticator
     from proxy.rpc.registry import Registry
-    from proxy.tasks import Tasks
+    from proxy.tasks import Task, Tasks
 
 
 class Services(Protocol):
@@ -38,6 +39,12 @@ class Services(Protocol):
     def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
         """Open the remote that a call describes; ``spec`` has at least ``url``."""
         ...
+
+    def start_backup(self, request: BackupRequest, /) -> Task: ...
+
+    async def start_restore(self, request: RestoreRequest, /) -> Task: ...
+
+    def running_jobs(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from proxy.config import Config
+from proxy.config.schema import RemotesConfig
+from proxy.config.values import Seconds
+from proxy.jobs import BackupRequest, RestoreRequest, Services, open_services
+from proxy.simulator import SimulatedPool, serve
+from proxy.tasks import Task, open_tasks
+
+JOB = "11111111-1111-4111-8111-111111111111"
+SCHEDULE = "22222222-2222-4222-8222-222222222222"
+
+
+@dataclass
+class House:
+    """A daemon's services beside a simulated pool and remotes in a temporary folder."""
+
+    pool: SimulatedPool
+    services: Services
+    root: Path
+    remotes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def remote_spec(self, name: str) -> dict[str, Any]:
+        return self.remotes.setdefault(
+            name, {"id": name, "name": name, "url": f"file://{self.root / name}"}
+        )
+
+    def folder(self, name: str = "remote1") -> Path:
+        return self.root / name
+
+    @property
+    def xapi_spec(self) -> dict[str, Any]:
+        return {
+            "url": self.pool.url,
+            "credentials": {"username": "root", "password": "simulated"},
+            "allowUnauthorized": True,
+        }
+
+    def request(
+        self,
+        *,
+        vms: list[str] | None = None,
+        remotes: tuple[str, ...] = ("remote1",),
+        settings: dict[str, Any] | None = None,
+        mode: str = "full",
+        **job: Any,
+    ) -> BackupRequest:
+        """A job over the pool's VMs; ``settings`` are the schedule's."""
+        uuids = vms if vms is not None else [self.pool.vm_uuid("vm1")]
+        levels = {"": {}, SCHEDULE: {"exportRetention": 2, **(settings or {})}}
+        return BackupRequest(
+            job={
+                "id": JOB,
+                "name": "lab job",
+                "type": "backup",
+                "mode": mode,
+                "compression": "",
+                "vms": {"id": {"__or": uuids}},
+                "remotes": {"id": {"__or": list(remotes)}},
+                "settings": levels,
+                **job,
+            },
+            schedule={"id": SCHEDULE, "name": "lab schedule"},
+            remotes={name: self.remote_spec(name) for name in remotes},
+            xapis={"xapi1": self.xapi_spec},
+            record_to_xapi=dict.fromkeys(uuids, "xapi1"),
+            job_data={
+                "jobId": JOB,
+                "jobName": "lab job",
+                "mode": "full",
+                "scheduleId": SCHEDULE,
+            },
+        )
+
+    async def run(self, request: BackupRequest) -> Outcome:
+        return await self.outcome(self.services.start_backup(request))
+
+    async def outcome(self, task: Task) -> Outcome:
+        with trio.fail_after(30):
+            log = [json.loads(record) async for record in self.services.tasks.watch(task)]
+        return Outcome(task, log, json.loads(task.snapshot()))
+
+    async def restore(self, backup_id: str, remote: str = "remote1", **settings: Any) -> Task:
+        return await self.services.start_restore(
+            RestoreRequest(
+                backup_id=backup_id,
+                remote=self.remote_spec(remote),
+                sr_uuid=self.pool.store.get("SR", self.pool.srs[1])["uuid"],
+                xapi=self.xapi_spec,
+                **settings,
+            )
+        )
+
+    def files(self, remote: str = "remote1") -> list[str]:
+        """Every file of a remote but the listing cache, relative to the VM's directory."""
+        base = self.folder(remote) / "xo-vm-backups"
+        return sorted(
+            str(path.relative_to(base))
+            for path in base.rglob("*")
+            if path.is_file() and path.name != "cache.json.gz"
+        )
+
+    def backups(self, remote: str = "remote1") -> list[str]:
+        return [
+            f"/xo-vm-backups/{name}" for name in self.files(remote) if name.endswith(".json")
+        ]
+
+
+@dataclass
+class Outcome:
+    task: Task
+    log: list[dict[str, Any]]
+    snapshot: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        return str(self.snapshot["status"])
+
+    def tree(self) -> list[tuple[str, ...]]:
+        """Each record as (task name, what), without progress."""
+        names = {r["id"]: r["properties"]["name"] for r in self.log if r["type"] == "start"}
+        return [
+            (names[r["id"]], r.get("status") or r.get("message") or r["type"])
+            for r in self.log
+            if r["type"] != "property"
+        ]
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """The snapshots of the tasks with this name, anywhere in the tree."""
+
+        def walk(task: dict[str, Any]) -> list[dict[str, Any]]:
+            found = [task] if task["data"]["name"] == name else []
+            for child in task.get("tasks", []):
+                found += walk(child)
+            return found
+
+        return walk(self.snapshot)
+
+    def error(self, name: str) -> dict[str, Any]:
+        errors = [task["data"]["error"] for task in self.of(name) if "error" in task["data"]]
+        assert len(errors) == 1, errors
+        found: dict[str, Any] = errors[0]
+        return found
+
+
+@asynccontextmanager
+async def open_house(
+    pool: SimulatedPool, root: Path, *, tls: bool = False, config: Config | None = None
+) -> AsyncIterator[House]:
+    chosen = config or Config(
+        remotes=RemotesConfig(disable_file_remotes=False), resource_cache_delay=Seconds(0)
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve, pool, tls=tls))
+        async with (
+            open_tasks(str(root / "tasks.db"), nursery) as tasks,
+            open_services(lambda: chosen, tasks, nursery) as services,
+        ):
+            yield House(pool, services, root)
+            services.cancel_all("the test is over")
+            with trio.move_on_after(10):
+                await services.wait_idle()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    """One running VM of 4 MiB on a pool, one run's worth of services."""
+    async with open_house(SimulatedPool.small(), tmp_path) as opened:
+        yield opened
