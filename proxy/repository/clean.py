@@ -134,7 +134,7 @@ class _Clean:
             )
         if not valid:
             self._warn("XVA might be broken", {"path": self.path(xva)})
-            files = [self.path(each) for each in (name, xva, checksum) if each in self._names]
+            files = [each for each in (name, xva, checksum) if each in self._names]
             self._warn("This files may be corrupted but not yet to be removed", {"files": files})
 
     async def _data_missing(self, backup: Backup, xva: str, error: NotFound) -> None:

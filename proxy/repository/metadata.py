@@ -230,7 +230,11 @@ def encode_full(metadata: Mapping[str, Any], *, xva: str, size: int) -> bytes:
     if metadata.get("vmSnapshot") is not None:
         record["vmSnapshot"] = metadata["vmSnapshot"]
     record |= {"xva": f"./{xva}", "size": size, "tags": list(metadata.get("tags") or ())}
-    record |= {key: value for key, value in metadata.items() if key not in record}
+    record |= {
+        key: value
+        for key, value in metadata.items()
+        if key not in record and key != "vmSnapshot"  # here: None, which the file leaves out
+    }
     return msgspec.json.encode(record)
 
 
