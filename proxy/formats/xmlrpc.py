@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
@@ -24,6 +24,16 @@ _DEEPEST = 64
 
 _DATE = re.compile(r"\d{8}T\d{2}:\d{2}:\d{2}Z\Z")
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+
+
+def is_map(value: Any) -> TypeGuard[dict[Any, Any]]:
+    """Whether ``value`` is a struct."""
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    """Whether ``value`` is an array."""
+    return isinstance(value, list | tuple)
 
 
 def dump_value(value: Any) -> str:
@@ -46,14 +56,14 @@ def _write(value: Any, out: list[str]) -> None:
             out.append(f"<dateTime.iso8601>{value}</dateTime.iso8601>")
         else:
             out.append(escape(_FORBIDDEN.sub("?", value)))
-    elif isinstance(value, dict):
+    elif is_map(value):
         out.append("<struct>")
         for name, item in value.items():
             out.append(f"<member><name>{escape(str(name))}</name>")
             _write(item, out)
             out.append("</member>")
         out.append("</struct>")
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif is_list(value):
         out.append("<array><data>")
         for item in value:
             _write(item, out)

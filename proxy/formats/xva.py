@@ -92,11 +92,15 @@ def padding(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ArchivedDisk:
-    """A disk to write: ``read(offset, length)`` gives its bytes in pieces, None for zeros."""
+    """A disk to write: ``read(offset, length)`` gives its bytes in pieces, None for zeros.
+
+    ``xxh64(offset, length)`` may give the checksum (hex) where the source knows it already.
+    """
 
     id: str
     size: int
     read: Callable[[int, int], Sequence[memoryview] | None]
+    xxh64: Callable[[int, int], str | None] | None = None
 
 
 def archive(ova_xml: bytes, disks: Iterable[ArchivedDisk]) -> Iterator[memoryview]:
@@ -119,9 +123,10 @@ def archive(ova_xml: bytes, disks: Iterable[ArchivedDisk]) -> Iterator[memoryvie
                 pieces = (_ZEROS[:length],)
             name = f"{disk.id}/{number:08d}"
             small += tar_header(name, length)
-            digest = xxhash.xxh64()
+            digest = disk.xxh64(offset, length) if disk.xxh64 else None
+            if digest is None:
+                digest = _xxh64(pieces)
             for piece in pieces:
-                digest.update(piece)
                 if len(piece) < _SMALL:
                     small += piece
                     continue
@@ -130,10 +135,17 @@ def archive(ova_xml: bytes, disks: Iterable[ArchivedDisk]) -> Iterator[memoryvie
                 yield piece
             small += bytes(padding(length))
             small += tar_header(f"{name}.xxhash", 16)
-            small += digest.hexdigest().upper().encode()
+            small += digest.upper().encode()
             small += bytes(TAR_BLOCK - 16)
     small += END
     yield memoryview(bytes(small))
+
+
+def _xxh64(pieces: Iterable[memoryview]) -> str:
+    digest: Any = xxhash.xxh64()
+    for piece in pieces:
+        digest.update(piece)
+    return str(digest.hexdigest())
 
 
 # Reading

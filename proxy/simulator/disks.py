@@ -14,7 +14,9 @@ import random
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +41,17 @@ def _variant(kind: Kind, number: int) -> memoryview:
     return memoryview((line * (UNIT // len(line) + 1))[:UNIT])
 
 
+@functools.cache
+def _hashed(kind: Kind, number: int) -> Any:
+    """The state of XXH64 after the content, before the stamp."""
+    digest: Any = xxhash.xxh64()
+    digest.update(_variant(kind, number)[: -_STAMP.size])
+    return digest
+
+
 @dataclass(frozen=True, slots=True)
 class Stamped:
-    """A generated unit: a stamp that names it, then one of a few precomputed contents."""
+    """A generated unit: one of a few precomputed contents, then a stamp that names it."""
 
     kind: Kind
     seed: int
@@ -49,19 +59,29 @@ class Stamped:
 
     def pieces(self) -> tuple[memoryview, memoryview]:
         stamp = _STAMP.pack(_MAGIC, self.seed, self.number, _KINDS.index(self.kind))
-        content = _variant(self.kind, (self.seed * 7 + self.number) % _VARIANTS)
-        return memoryview(stamp), content[_STAMP.size :]
+        return _variant(self.kind, self._content)[: -_STAMP.size], memoryview(stamp)
+
+    @property
+    def _content(self) -> int:
+        return (self.seed * 7 + self.number) % _VARIANTS
+
+    def xxh64(self) -> str:
+        """The checksum of the unit: only the stamp is left to hash."""
+        digest = _hashed(self.kind, self._content).copy()
+        digest.update(self.pieces()[1])
+        return str(digest.hexdigest())
 
     @classmethod
     def recognise(cls, data: memoryview) -> Stamped | None:
         """The generated unit that ``data`` is, if it is one in full."""
-        if len(data) != UNIT or data[:8] != _MAGIC:
+        if len(data) != UNIT:
             return None
-        _, seed, number, kind = _STAMP.unpack_from(data)
-        if kind >= len(_KINDS):
+        stamp: tuple[bytes, int, int, int] = _STAMP.unpack_from(data, UNIT - _STAMP.size)
+        magic, seed, number, kind = stamp
+        if magic != _MAGIC or kind >= len(_KINDS):
             return None
         found = cls(_KINDS[kind], seed, number)
-        return found if data[_STAMP.size :] == found.pieces()[1] else None
+        return found if data[: -_STAMP.size] == found.pieces()[0] else None
 
 
 class ImageFile:
@@ -139,10 +159,20 @@ class DiskContent:
         start = offset % UNIT
         if isinstance(unit, bytes):
             return [memoryview(unit)[start : start + length]]
-        stamp, content = unit.pieces()
-        if start == 0 and length >= len(stamp):
-            return [stamp, content[: length - len(stamp)]]
-        return [memoryview(bytes(stamp) + bytes(content))[start : start + length]]
+        content, stamp = unit.pieces()
+        end = start + length
+        if end <= len(content):
+            return [content[start:end]]
+        if start == 0:
+            return [content, stamp[: end - len(content)]]
+        return [memoryview(bytes(content) + bytes(stamp))[start:end]]
+
+    def xxh64(self, offset: int, length: int) -> str | None:
+        """The checksum of a whole unit where it costs nothing."""
+        unit = self._unit(offset // UNIT)
+        if not isinstance(unit, Stamped) or offset % UNIT or length != UNIT:
+            return None
+        return unit.xxh64()
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Put ``data`` at ``offset``; raises ``ValueError`` beyond the end."""

@@ -40,8 +40,8 @@ async def export_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
         ova_xml, disks = describe(pool, vm)
         drives = [pool.disks.attach_to_dom0(vdi) for vdi, _ in disks]
         sources = [
-            ArchivedDisk(name, pool.disks.contents[vdi].size, pool.disks.content(vdi).read)
-            for vdi, name in disks
+            ArchivedDisk(name, content.size, content.read, content.xxh64)
+            for content, name in ((pool.disks.content(vdi), name) for vdi, name in disks)
         ]
         total = sum(source.size for source in sources) or 1
         await wire.send(

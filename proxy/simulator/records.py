@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import XapiError
+from proxy.formats.xmlrpc import is_list, is_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -138,17 +139,15 @@ def _boolean(value: Any) -> bool:
 
 
 def _set(value: Any) -> list[str]:
-    if not isinstance(value, list | tuple):
+    if not is_list(value):
         raise TypeError
-    items: Any = value
-    return [str(item) for item in items]
+    return [str(item) for item in value]
 
 
 def _map(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict):
+    if not is_map(value):
         raise TypeError
-    items: Any = value
-    return {str(key): str(item) for key, item in items.items()}
+    return {str(key): str(item) for key, item in value.items()}
 
 
 def _reference(value: Any) -> str:

@@ -8,7 +8,7 @@ detached, operation over).  Faults set the first two apart; the third always hap
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -33,7 +33,7 @@ class Transfer:
     task: str
     anonymous: bool
     fault: Fault | None = None
-    gates: list[Gate] = field(default_factory=list)
+    gates: tuple[Gate, ...] = ()
     sent: int = 0
     """Bytes of the body that passed, in either direction."""
     ended: str = ""
@@ -67,7 +67,7 @@ async def guarded(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch, wire, nursery.cancel_scope, transfer)
                 await pool.gates.pass_by(request.path, "before")
-                transfer.gates = pool.gates.along(request.path)
+                transfer.gates = tuple(pool.gates.along(request.path))
                 await handler(pool, wire, request, transfer)
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -133,8 +133,9 @@ async def _ended_badly(
 def _first(group: BaseExceptionGroup[Any]) -> Any:
     error: Any = group
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        inner: Any = error  # pyright: ignore[reportUnknownVariableType]
+        error = inner.exceptions[0]
+    return error  # pyright: ignore[reportUnknownVariableType]
 
 
 # Out
