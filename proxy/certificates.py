@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -145,26 +144,6 @@ def self_signed(hostname: str | None = None) -> tuple[bytes, bytes]:
             serialization.NoEncryption(),
         ),
     )
-
-
-def server_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 or later with this pair, HTTP/1.1 alone by ALPN.
-
-    HTTP/2 is left out on purpose: the server buffers without bound when a client keeps its
-    window closed, and Xen Orchestra speaks 1.1.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(cert, key)
-    except FileNotFoundError as error:
-        raise Refused(
-            f"there is no certificate at {cert} with a key at {key}: set autoCert = true"
-        ) from error
-    except (OSError, ssl.SSLError) as error:
-        raise Refused(f"the certificate {cert} with key {key} cannot be used: {error}") from error
-    return context
 
 
 def _alternative(name: str) -> x509.GeneralName:

@@ -93,11 +93,10 @@ def test_openssl_accepts_what_was_made(pair: Pair) -> None:
 def test_a_client_that_trusts_it_connects(pair: Pair) -> None:
     pair.ensure()
     server_in, server_out = ssl.MemoryBIO(), ssl.MemoryBIO()
-    server = certificates.server_context(pair.cert, pair.key).wrap_bio(
-        server_in, server_out, server_side=True
-    )
+    offered = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    offered.load_cert_chain(pair.cert, pair.key)
+    server = offered.wrap_bio(server_in, server_out, server_side=True)
     context = ssl.create_default_context(cafile=str(pair.cert))
-    context.set_alpn_protocols(["h2", "http/1.1"])
     client_in, client_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = context.wrap_bio(client_in, client_out, server_hostname="proxy.example")
     done: set[ssl.SSLObject] = set()
@@ -110,7 +109,7 @@ def test_a_client_that_trusts_it_connects(pair: Pair) -> None:
                 pass
             server_in.write(client_out.read())
             client_in.write(server_out.read())
-    assert client.selected_alpn_protocol() == "http/1.1"
+    assert client.version() == "TLSv1.3"
 
 
 @pytest.mark.parametrize("foreign", [True, False])
@@ -178,8 +177,3 @@ def test_a_place_that_cannot_be_written_is_an_error(pair: Pair) -> None:
     pair.cert.parent.write_bytes(b"a file where the directory should be")
     with pytest.raises(Exception, match="writing the certificate"):
         pair.ensure()
-
-
-def test_without_a_certificate_tls_names_the_way_out(pair: Pair) -> None:
-    with pytest.raises(Refused, match="autoCert"):
-        certificates.server_context(pair.cert, pair.key)

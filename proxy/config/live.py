@@ -58,6 +58,11 @@ class LiveConfig:
         """Call ``tell`` with every new configuration; it must neither block nor raise."""
         self._listeners.append(tell)
 
+    def warn(self) -> None:
+        """Log what is odd in the files; at the start, when the log is set up."""
+        for warning in self._loaded.warnings:
+            _log.warning("configuration", problem=str(warning))
+
     def current(self) -> str:
         """The token; never empty once the daemon serves."""
         return self._loaded.config.authentication_token

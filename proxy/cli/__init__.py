@@ -1,0 +1,53 @@
+"""The commands of ``xo-proxy``, one file each."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from proxy import __version__
+from proxy.cli import failures
+from proxy.cli.backups import backups
+from proxy.cli.call import call
+from proxy.cli.serve import serve
+from proxy.cli.simulate import simulate
+from proxy.cli.tasks import tasks
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="xo-proxy")
+def commands() -> None:
+    """Back up VMs of XCP-ng and XenServer pools, driven by Xen Orchestra.
+
+    Exit codes: 1 failed, 2 wrong command line, 3 daemon unreachable, 4 token not accepted,
+    5 wrong configuration.
+    """
+
+
+for _command in (serve, call, tasks, backups, simulate):
+    commands.add_command(_command)
+
+
+def main() -> None:
+    """Entry point: runs the command line and exits; never shows a traceback for a known error."""
+    try:
+        commands(prog_name="xo-proxy", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(err=True)
+        sys.exit(failures.INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left, as `head` does
+        sys.exit(failures.FAILED)
+    except Exception as error:
+        # whatever the daemon's rooms raise on purpose; a fault of ours keeps its traceback
+        known = failures.failure_of(error)
+        if known is None:
+            raise
+        known.show()
+        sys.exit(known.exit_code)

@@ -1,0 +1,120 @@
+"""``xo-proxy backups``: list, restore and delete what a remote holds, through the daemon."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from proxy.cli.client import Client, Stream, connection
+from proxy.cli.failures import Failure
+from proxy.cli.views import Note
+
+REMOTE = "remote"
+
+
+@click.group()
+def backups() -> None:
+    """Look after the backups of one remote."""
+
+
+@backups.command("list")
+@click.argument("remote_url", metavar="REMOTE")
+@click.option("--vm", help="Only this VM's backups (uuid).")
+@connection
+def list_(client: Client, remote_url: str, vm: str | None) -> None:
+    """List the VM backups that REMOTE holds (a URL such as nfs://host:/share)."""
+    params: dict[str, Any] = {"remotes": {REMOTE: {"url": remote_url}}}
+    if vm is not None:
+        params["vmId"] = vm
+    found = client.scalar("backup.listVmBackups", params)
+    if REMOTE not in found:
+        raise Failure("the remote could not be read, the daemon's log says why")
+    shown = Table("id", "VM", "mode", "made (UTC)", "size", box=None, header_style="bold")
+    shown.columns[0].overflow = "fold"
+    for of_vm in found[REMOTE].values():
+        for backup in of_vm:
+            made = datetime.fromtimestamp(backup["timestamp"] / 1000, UTC)
+            shown.add_row(
+                backup["id"],
+                backup["vm"]["name_label"],
+                backup["mode"],
+                f"{made:%Y-%m-%d %H:%M:%S}",
+                decimal(backup.get("size") or 0),
+            )
+    Console().print(shown)
+
+
+@backups.command()
+@click.argument("remote_url", metavar="REMOTE")
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@click.confirmation_option(prompt="Delete these backups for good?")
+@connection
+def delete(client: Client, remote_url: str, ids: tuple[str, ...]) -> None:
+    """Delete backups by the ids that `list` shows."""
+    client.scalar("backup.deleteVmBackups", {"filenames": list(ids), "remote": {"url": remote_url}})
+    click.echo(f"deleted {len(ids)}")
+
+
+@backups.command()
+@click.argument("remote_url", metavar="REMOTE")
+@click.argument("backup_id", metavar="ID")
+@click.option("--pool", required=True, help="URL of the pool's master.")
+@click.option("--user", default="root", show_default=True)
+@click.option("--sr", required=True, help="Uuid of the SR that gets the disks.")
+@click.option("--insecure", is_flag=True, help="Do not verify the pool's certificate.")
+@click.option("--new-mac", is_flag=True, help="Give the VM new MAC addresses.")
+@connection
+def restore(
+    client: Client,
+    remote_url: str,
+    backup_id: str,
+    pool: str,
+    user: str,
+    sr: str,
+    insecure: bool,
+    new_mac: bool,
+) -> None:
+    """Make a new VM from a backup and print its uuid.
+
+    The pool's password is read from the environment variable XAPI_PASSWORD, or asked for.
+    """
+    password = os.environ.get("XAPI_PASSWORD") or click.prompt(
+        "Password", hide_input=True, err=True
+    )
+    params = {
+        "backupId": backup_id,
+        "remote": {"url": remote_url},
+        "srUuid": sr,
+        "settings": {"newMacAddresses": new_mac},
+        "streamLogs": True,
+        "xapi": {
+            "url": pool,
+            "allowUnauthorized": insecure,
+            "credentials": {"username": user, "password": password},
+        },
+    }
+    with client.call("backup.importVmBackup", params) as reply:
+        if not isinstance(reply, Stream):
+            raise Failure("the daemon sent no log of the restore")
+        end = root_end(reply)
+    click.echo(end["id"])
+
+
+def root_end(log: Stream) -> Any:
+    """Read a run's log to its end; the root's result.  Raises ``Failure`` with its message."""
+    root: str | None = None
+    for record in log.items:
+        if root is None and record["type"] == "start":
+            root = record["id"]
+        if record["type"] == "end" and record["id"] == root:
+            if record["status"] == "success":
+                return record.get("result")
+            raise Failure(msgspec.convert(record.get("result") or {}, Note).message or "it failed")
+    raise Failure("the log ended before the run did: the daemon was stopped")
