@@ -113,7 +113,7 @@ class Remote(Protocol):
                 contents.append(await self.read_file(path, limit=limit))
             except ProxyError as error:
                 contents.append(error)
-        return contents
+        return tuple(contents)
 
     async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         """Replace or create the file atomically and durably, making parent directories.

@@ -94,7 +94,7 @@ class LocalRemote:
         for first in range(0, len(paths), _FILES_PER_HOP):
             batch = paths[first : first + _FILES_PER_HOP]
             contents.extend(await in_thread(Work.DISK, self._read_batch, batch, limit))
-        return contents
+        return tuple(contents)
 
     def _read_batch(self, paths: Sequence[str], limit: int) -> Sequence[bytes | ProxyError]:
         contents: deque[bytes | ProxyError] = deque()  # ``list`` is a method here
@@ -103,7 +103,7 @@ class LocalRemote:
                 contents.append(self._root.read_file(path, limit))
             except ProxyError as error:
                 contents.append(error)
-        return contents
+        return tuple(contents)
 
     async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         def write() -> None:
@@ -225,7 +225,7 @@ class LocalRemote:
         return await in_thread(Work.DISK, self._root.info, abandon=True)
 
     async def aclose(self) -> None:
-        """Idempotent.  Operations under way finish; later ones are ``Unreachable``."""
+        """Idempotent.  Operations under way finish; later ones are ``Refused`` (``EBADF``)."""
         await trio.lowlevel.checkpoint()
         self._root.close()
 

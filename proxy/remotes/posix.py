@@ -93,7 +93,7 @@ class Root:
     def _start(self) -> int:
         with self._mutex:
             if self._descriptor is None:
-                raise Unreachable("ENOTCONN: the remote is closed", code="ENOTCONN")
+                raise Refused("EBADF: the remote was closed", code="EBADF")  # nothing to retry
             return os.open(".", _DIRECTORY, dir_fd=self._descriptor)
 
     @contextlib.contextmanager

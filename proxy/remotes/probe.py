@@ -1,4 +1,4 @@
-"""What ``remote.ping``, ``remote.test`` and ``remote.getInfo`` do."""
+"""Does a remote work, and how fast: what ``remote.test`` does."""
 
 from __future__ import annotations
 
@@ -76,16 +76,3 @@ async def _remove(remote: Remote, path: str) -> None:
 
 def _elapsed(started: float) -> float:
     return max(trio.current_time() - started, 1e-6)
-
-
-async def ping_remote(opening: AbstractAsyncContextManager[Remote]) -> dict[str, Any]:
-    """``{success: True}`` if the remote opens; raises what hinders it, at once."""
-    async with opening:
-        return {"success": True}
-
-
-async def remote_info(remote: Remote) -> dict[str, int]:
-    """``{size, used, available}`` in bytes, without what the remote cannot say."""
-    info = await remote.info()
-    known = {"size": info.size, "used": info.used, "available": info.available}
-    return {key: value for key, value in known.items() if value is not None}

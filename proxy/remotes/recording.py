@@ -69,7 +69,7 @@ class Recording(Wrapper):
         return True
 
     async def _tree(self, top: str) -> list[Change]:
-        if not await self._exists(top):
+        if not (await self._exists(top) and (await self.inner.stat(top)).is_dir):
             return []
         files: list[Change] = []
         directories = [paths.normalise(top)]

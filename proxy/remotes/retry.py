@@ -80,7 +80,7 @@ class Retry(Wrapper):
                 except ProxyError as error:
                     again = error
             contents.append(again)
-        return contents
+        return tuple(contents)
 
     async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
         tries = 0

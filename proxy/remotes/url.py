@@ -13,6 +13,7 @@ unknown keys are kept.  Everything that is wrong raises ``Refused`` (``EINVAL``)
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping  # noqa: TC003 (dataclass fields are read at run time)
 from dataclasses import dataclass, field
@@ -344,15 +345,22 @@ def _options(query: str, explicit: set[str]) -> dict[str, Any]:
         if key in options:
             raise _wrong(shown, "is given twice")
         try:
-            options[key] = json.loads(text, parse_constant=_no_constant) if text else False
+            options[key] = _decoded(text) if text else False
         except (ValueError, RecursionError):
             raise _wrong(shown, "is not JSON (a text needs quotes)") from None
     remember_in(options)
     return {key: value for key, value in options.items() if key not in explicit | {"type"}}
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
+def _decoded(text: str) -> Any:
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _query(options: Mapping[str, Any], *, hide: bool) -> str:
