@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from proxy.errors import Busy, Corrupt, Many, Refused
 from proxy.repository import delete_backups, format_listing, list_vm_backups, lock_vm
@@ -52,6 +53,19 @@ async def test_the_metadata_goes_first(remote: Remote, full: Path) -> None:
 
     await delete_backups(Watched(remote, step), [f"/xo-vm-backups/{VM}/{NEW}.json"])
     assert order == [f"{NEW}.json", f"{NEW}.xva", f"{NEW}.xva.checksum"]
+
+
+async def test_a_cancel_lets_the_backup_at_hand_go_whole(remote: Remote, full: Path) -> None:
+    def step(operation: Operation, done: bool) -> None:
+        if operation.verb == "unlink" and done:
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        paths = [f"/xo-vm-backups/{VM}/{name}.json" for name in (NEW, OLD)]
+        await delete_backups(Watched(remote, step), paths)
+    assert scope.cancelled_caught
+    assert names(full) == [f"{OLD}.json", f"{OLD}.xva", f"{OLD}.xva.checksum", "cache.json.gz"]
+    assert len(await list_vm_backups(remote, VM)) == 1
 
 
 async def test_metadata_that_stays_keeps_its_data(remote: Remote, full: Path) -> None:

@@ -207,15 +207,27 @@ async def test_updates_of_the_cache_are_not_lost(remote: Remote, vm_dir: Path) -
     await write_full(remote)
     raw = (vm_dir / "20261124T015901Z.json").read_bytes()
 
+    updating = most = 0
+
+    def step(operation: Operation, done: bool) -> None:
+        nonlocal updating, most
+        if operation.verb == "list" and not done:
+            updating += 1
+            most = max(most, updating)
+
     async def one(index: int) -> None:
+        nonlocal updating
         path = f"/xo-vm-backups/{VM}/20260101T0000{index:02}Z.json"
         await remote.write_file(path, raw)
-        await refresh_cache(remote, VM, {path: raw})
+        # each has its own object for the same remote, as two calls have
+        await refresh_cache(Watched(remote, step), VM, {path: raw})
+        updating -= 1
 
     async with trio.open_nursery() as nursery:
         for index in range(20):
             nursery.start_soon(one, index)
     assert len(cache_of(vm_dir)) == 21
+    assert most == 1, "one update at a time"
 
 
 async def test_a_cache_that_cannot_be_written_fails_nothing(remote: Remote, root: Path) -> None:
