@@ -17,8 +17,6 @@ from proxy.simulator.transfers import Outlet, Refusal, Transfer
 from proxy.simulator.vm_archive import Restoration
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from proxy.simulator.http import Head, Wire
     from proxy.simulator.pool import SimulatedPool
 
@@ -49,11 +47,12 @@ async def import_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
     importer = _Importer(pool, transfer, sr, request)
     done = False
     try:
-        length = int(request.headers["content-length"])
-        async for data in _body(wire, length):
+        left = int(request.headers["content-length"])
+        ended = False
+        while left > 0 and not ended and (data := (await wire.read())[:left]):
+            left -= len(data)
             await inlet.take(len(data))
-            if await importer.feed(data):
-                break
+            ended = await importer.feed(data)
         importer.finish()
         await inlet.finish()
         done = True
@@ -83,16 +82,6 @@ def _target(pool: SimulatedPool, request: Head) -> str:
     if record["content_type"] == "iso":
         raise Refusal(400, XapiError("SR_OPERATION_NOT_SUPPORTED", [sr]))
     return sr
-
-
-async def _body(wire: Wire, length: int) -> AsyncIterator[bytes]:
-    while length > 0:
-        data = await wire.read()
-        if not data:
-            return
-        data = data[:length]
-        length -= len(data)
-        yield data
 
 
 def _translated(error: Corrupt) -> tuple[str, list[str]]:
