@@ -77,11 +77,14 @@ class Connection:
         self._stream = stream
         self._tcp = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
         self._scope = trio.CancelScope()
+        self._reading = trio.CancelScope()
         self._read_by = _NEVER
         self._send_by = _NEVER
         self._sending = trio.Lock()
         self._broken = False
         self._lingering = False
+        self._complete = False
+        """The last request was read and answered in full."""
         self._begun = False
         """Some of the next request's headers are here; their deadline runs."""
         self.idle = True
@@ -133,8 +136,10 @@ class Connection:
                 self._take,
             )
             self._wait_for_request()
-            await self._read_requests()
-            nursery.cancel_scope.cancel()
+            with self._reading:
+                await self._read_requests()
+            if not self._complete:
+                nursery.cancel_scope.cancel()  # the client left
 
     # -- reading -------------------------------------------------------------------------
 
@@ -219,7 +224,11 @@ class Connection:
         Closing with unread bytes in the kernel resets the connection, and the client would
         lose an answer that refused its request early.
         """
-        if self._lingering:
+        if self._lingering or self._complete:
+            return
+        if self._protocol.connection.their_state in {h11.DONE, h11.MUST_CLOSE, h11.CLOSED}:
+            self._complete = True
+            self._reading.cancel()
             return
         self._lingering = True
         self.idle = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import ssl
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,12 +17,11 @@ import trio
 
 from proxy.config import ApiConfig
 from proxy.config.values import Bytes, Seconds
-from proxy.rpc import Address, Registry, create_app, open_listeners, serve
+from proxy.rpc import Address, Registry, create_app, open_listeners, serve, tls_context
 from proxy.rpc.methods import standard
 from proxy.tasks import Tasks, open_tasks
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
@@ -262,3 +263,28 @@ def recorded_calls() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def recorded_http() -> list[dict[str, Any]]:
     return cast("list[dict[str, Any]]", json.loads((FIXTURES / "http-cases.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate made by OpenSSL, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-keyout", folder / "key.pem", "-out", folder / "cert.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.fixture
+def tls_pair(certificate: tuple[Path, Path]) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """The server's context, and one of a client that like XO trusts everybody."""
+    theirs = ssl.create_default_context()
+    theirs.check_hostname = False
+    theirs.verify_mode = ssl.CERT_NONE
+    return tls_context(*certificate), theirs

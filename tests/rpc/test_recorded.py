@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import UNSET, UnsetType
 
 from proxy.rpc import Context, Params, Registry
 from proxy.rpc.methods.system import VERSION
@@ -24,9 +25,9 @@ class Run(Params, kw_only=True):
     job: dict[str, Any]
     remotes: dict[str, Any]
     schedule: dict[str, Any]
-    xapis: dict[str, Any] = {}
-    job_data: dict[str, Any] = {}
-    record_to_xapi: dict[str, Any] = {}
+    xapis: dict[str, Any] | UnsetType = UNSET
+    job_data: dict[str, Any] | UnsetType = UNSET
+    record_to_xapi: dict[str, Any] | UnsetType = UNSET
     stream_logs: bool = False
 
 

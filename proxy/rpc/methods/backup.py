@@ -71,7 +71,7 @@ async def _delete(context: Context, spec: Mapping[str, Any], filenames: list[str
         await delete_backups(remote, filenames, wait=_LOCK_WAIT)
 
 
-class Import(Params):
+class Import(Params, kw_only=True):
     backup_id: str
     remote: dict[str, Any]
     settings: dict[str, Any] | UnsetType = UNSET
