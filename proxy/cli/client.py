@@ -237,10 +237,8 @@ def connection(command: Callable[..., Any]) -> Callable[..., Any]:
         help="Configuration file to take both from.",
     )
     @click.option("--verify", is_flag=True, help="Verify the daemon's certificate.")
-    @click.pass_context
     @functools.wraps(command)
     def with_client(
-        context: click.Context,
         *args: Any,
         url: str | None,
         token: str | None,
@@ -249,6 +247,7 @@ def connection(command: Callable[..., Any]) -> Callable[..., Any]:
         verify: bool,
         **options: Any,
     ) -> Any:
+        context = click.get_current_context()
         given = _Given(url, token, token_file, configs, verify).over(context.find_object(_Given))
         context.obj = given
         if context.invoked_subcommand is not None:
