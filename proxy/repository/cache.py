@@ -19,7 +19,7 @@ import msgspec
 import structlog
 import trio
 
-from proxy.errors import NotFound, ProxyError
+from proxy.errors import Corrupt, NotFound, ProxyError
 from proxy.repository.metadata import LIMIT, Backup, decode_backup, located
 from proxy.repository.paths import CACHE_NAME, is_metadata_name, vm_directory
 from proxy.runtime.threads import Work, in_thread
@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-_LARGEST = 256 * 1024 * 1024
-"""Bytes of an unpacked cache: about 20,000 backups of one VM.  A larger one is ignored."""
+_LARGEST = 64 * 1024 * 1024
+"""Bytes of an unpacked cache: 6,000 to 12,000 backups of one VM.  A larger one is neither
+written nor believed, so that the memory of a listing does not depend on the storage."""
+_USUAL = 256 * 1024
+"""Bytes up to which metadata files are read many at once; larger ones go one by one."""
 _BATCH = 128
-"""Metadata files read in one go, so that a directory of many large ones fits in memory."""
+"""Metadata files read in one go."""
 
 _entries = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _backups = msgspec.json.Decoder(dict[str, Backup])
@@ -135,7 +138,7 @@ async def _metadata_paths(remote: Remote, directory: str) -> tuple[list[str], li
 async def _read_packed(remote: Remote, path: str) -> bytes | None:
     """The unpacked JSON of the cache, ``None`` when there is none that can be used."""
     try:
-        packed = await remote.read_file(path)
+        packed = await remote.read_file(path, limit=_LARGEST)
         return await in_thread(Work.CPU, _unpack, packed)
     except NotFound:
         return None
@@ -218,11 +221,13 @@ async def refresh_cache(
             if path not in entries and before is not None and path in before:
                 entries[path] = before[path]
         missing = _decode_entries(entries, paths, found)
-        read = await _read_missing(remote, missing, found)
-        for path, raw in read.items():
+        room = _LARGEST - sum(map(_size, entries.values()))
+        for path, raw in (await _read_missing(remote, missing, found, keep=room)).items():
             entries[path] = entry_of(path, raw, is_immutable=False)
         ordered = {path: entries[path] for path in paths if path in entries}
-        if before is None or before != ordered:
+        if sum(map(_size, ordered.values())) > _LARGEST or len(ordered) < len(found.backups):
+            _log.warning("too many backups for a listing cache", path=cache_path)
+        elif before is None or before != ordered:
             await _write(remote, cache_path, ordered)
         return found
 
@@ -261,16 +266,22 @@ async def _cached_entries(remote: Remote, path: str) -> dict[str, msgspec.Raw] |
         return None
 
 
-async def _read_missing(remote: Remote, paths: Sequence[str], found: Directory) -> dict[str, bytes]:
-    """Read and decode metadata files into ``found``; the contents of the good ones."""
-    good: dict[str, bytes] = {}
+def _size(entry: msgspec.Raw) -> int:
+    return memoryview(entry).nbytes
+
+
+async def _read_missing(
+    remote: Remote, paths: Sequence[str], found: Directory, *, keep: int = 0
+) -> dict[str, bytes]:
+    """Read and decode metadata files into ``found``; their contents up to ``keep`` bytes."""
+    kept: dict[str, bytes] = {}
     for start in range(0, len(paths), _BATCH):
         batch = paths[start : start + _BATCH]
-        for path, content in zip(batch, await remote.read_files(batch, limit=LIMIT), strict=True):
+        contents = await remote.read_files(batch, limit=_USUAL)
+        for path, content in zip(batch, contents, strict=True):
             try:
-                if isinstance(content, ProxyError):
-                    raise content
-                backup = decode_backup(content, path)
+                raw = await _whole(remote, path, content)
+                backup = decode_backup(raw, path)
             except NotFound:
                 continue  # removed since the directory was listed
             except ProxyError as error:
@@ -278,8 +289,18 @@ async def _read_missing(remote: Remote, paths: Sequence[str], found: Directory) 
                 found.unreadable[path.rpartition("/")[2]] = error
             else:
                 found.backups.append(msgspec.structs.replace(backup, is_immutable=False))
-                good[path] = content
-    return good
+                keep -= len(raw)
+                if keep >= 0:
+                    kept[path] = raw
+    return kept
+
+
+async def _whole(remote: Remote, path: str, content: bytes | ProxyError) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, Corrupt):  # larger than usual
+        return await remote.read_file(path, limit=LIMIT)
+    raise content
 
 
 async def _write(remote: Remote, path: str, entries: Mapping[str, msgspec.Raw]) -> None:

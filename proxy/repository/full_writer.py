@@ -11,7 +11,7 @@ import trio
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError
 from proxy.repository.cache import refresh_cache
 from proxy.repository.metadata import LIMIT, Backup, decode_backup, encode_full
-from proxy.repository.paths import date_name, vm_directory
+from proxy.repository.paths import DATE_NAME, date_name, vm_directory
 from proxy.runtime.deadlines import undo_within
 
 if TYPE_CHECKING:
@@ -198,10 +198,11 @@ async def _free_date(
         if f"{date}.json" in names:
             raise Conflict(f"the backup '{directory}/{date}.json' exists already")
         return date
+    taken = {match[0] for name in names for match in DATE_NAME.finditer(name)}
     for seconds in range(_FREE_SECONDS):
         date = date_name(timestamp_ms + seconds * 1000)
         # Also a temporary file and an orphan take a name: their writer may still live where
         # the storage has no locks.
-        if not any(f"{date}." in name for name in names):
+        if date not in taken:
             return date
     raise Conflict(f"no free name for a backup in '{directory}' from {date} on")

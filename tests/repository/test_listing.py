@@ -290,3 +290,36 @@ async def test_a_file_removed_while_listing_is_not_listed(
             (vm_dir / "20261124T015859Z.json").unlink(missing_ok=True)
 
     assert names(await list_vm_backups(Watched(remote, step), VM)) == ["20261124T015901Z.json"]
+
+
+async def test_metadata_larger_than_usual_is_listed_and_cached(
+    remote: Remote, root: Path, vm_dir: Path
+) -> None:
+    place_recorded("full", root)
+    path = vm_dir / "20261124T015901Z.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"vtpms": ["x" * 2**19]}))
+    (vm_dir / "cache.json.gz").unlink()
+    assert len(await list_vm_backups(remote, VM)) == 2
+    assert len(cache_of(vm_dir)) == 2
+
+
+async def test_metadata_beyond_any_measure_is_left_out(
+    remote: Remote, root: Path, vm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.repository.cache._USUAL", 1000)
+    monkeypatch.setattr("proxy.repository.cache.LIMIT", 8000)
+    place_recorded("full", root)
+    path = vm_dir / "20261124T015901Z.json"
+    path.write_text(path.read_text() + " " * 10_000)
+    (vm_dir / "cache.json.gz").unlink()
+    assert names(await list_vm_backups(remote, VM)) == ["20261124T015859Z.json"]
+
+
+async def test_more_than_a_cache_may_hold_is_listed_without(
+    remote: Remote, root: Path, vm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.repository.cache._LARGEST", 8000)
+    place_recorded("full", root)
+    (vm_dir / "cache.json.gz").unlink()
+    assert len(await list_vm_backups(remote, VM)) == 2
+    assert not (vm_dir / "cache.json.gz").exists()
