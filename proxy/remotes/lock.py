@@ -150,6 +150,7 @@ class DirectoryLock:
         """Make the lock ours or raise ``Busy``.  On cancel :meth:`release` undoes it."""
         until = trio.current_time() + wait
         watched: tuple[tuple[int, int, int], float] | None = None
+        alive = False
         while True:
             seen = await in_thread(Work.LOCK, self._try)
             if seen is None:
@@ -157,6 +158,7 @@ class DirectoryLock:
                 return
             now = trio.current_time()
             if watched is None or watched[0] != seen.identity:
+                alive = watched is not None
                 watched = (seen.identity, now)
             elif now - watched[1] >= STALE_SECONDS:
                 if await in_thread(Work.LOCK, self._take_over, seen.identity):
@@ -166,7 +168,7 @@ class DirectoryLock:
             if dead and await in_thread(Work.LOCK, self._take_over, seen.identity):
                 continue
             doubtful = not -_MTIME_TOLERANCE <= seen.age <= STALE_SECONDS
-            if now >= until and not doubtful:
+            if now >= until and (alive or not doubtful):
                 raise self._busy(seen.holder)
             await trio.sleep(_POLL_SECONDS)
 

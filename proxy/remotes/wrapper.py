@@ -186,7 +186,14 @@ class _Writer:
 
     async def write(self, data: bytes | memoryview) -> None:
         await self._owner.around(
-            Operation("create.write", self._path, self.temporary_path, size=len(data), data=data),
+            Operation(
+                "create.write",
+                self._path,
+                self.temporary_path,
+                size=len(data),
+                data=data,
+                partially=lambda size: self._inner.write(memoryview(data)[:size]),
+            ),
             lambda: self._inner.write(data),
         )
 
