@@ -10,6 +10,7 @@ from proxy import __version__
 from proxy.cli import failures
 from proxy.cli.backups import backups
 from proxy.cli.call import call
+from proxy.cli.demo import demo
 from proxy.cli.serve import serve
 from proxy.cli.simulate import simulate
 from proxy.cli.tasks import tasks
@@ -25,7 +26,7 @@ def commands() -> None:
     """
 
 
-for _command in (serve, call, tasks, backups, simulate):
+for _command in (serve, call, tasks, backups, simulate, demo):
     commands.add_command(_command)
 
 
