@@ -3,7 +3,10 @@
 Paths are POSIX, relative to the remote's root; a leading ``/`` is accepted and means the
 same.  They are normalised before use and can never leave the root.  All methods raise the
 classes of :mod:`proxy.errors`: ``NotFound`` (``ENOENT``), ``Conflict`` (``EEXIST``,
-``ENOTEMPTY``), ``Refused`` (``ENOSPC``, ``EROFS``, ``EACCES``, ``EPERM``), ``Unreachable``.
+``ENOTEMPTY``), ``Refused`` (``ENOSPC``, ``EROFS``, ``EACCES``, ``EPERM``; ``ELOOP`` for a
+symbolic link, ``EBUSY`` for the root itself, ``EBADF`` once closed), ``Unreachable``.
+``NotFound`` with ``ENOTDIR`` means that a file stands where a directory should: ``missing_ok``
+does not cover it.
 
 On cancel every method ends with no partial effect that its contract rules out: an atomic
 write either happened or did not, and leaves no temporary file.
@@ -71,7 +74,10 @@ class FileReader(Protocol):
     size: int
 
     async def read_into(self, buffer: memoryview) -> int:
-        """Fill ``buffer`` from the current position; fewer bytes only at the end, then 0."""
+        """Fill ``buffer`` from the current position; fewer bytes only at the end, then 0.
+
+        The position moves only when this returns: after an error it can be called again.
+        """
         ...
 
     async def read_at(self, offset: int, length: int) -> bytes:
@@ -125,7 +131,11 @@ class Remote(Protocol):
     def create(
         self, path: str, *, exclusive: bool = False
     ) -> AbstractAsyncContextManager[FileWriter]:
-        """Write a large file: bytes go to ``.<ms>.<name>`` beside it until ``commit``."""
+        """Write a large file: bytes go to ``.<ms>.<name>.tmp`` beside it until ``commit``.
+
+        On an immutable remote they go to the final name at once, which must be free.  A
+        name already taken is told on entering when ``exclusive``, and decided by ``commit``.
+        """
         ...
 
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]: ...
@@ -153,7 +163,8 @@ class Remote(Protocol):
 
         Waits up to ``wait`` seconds, then raises ``Busy`` naming the holder when known.
         ``owner`` says who we are (the run's task id) in the other side's message.  Released
-        on leaving, also on cancel.
+        on leaving, also on cancel.  When it is lost the block is cancelled and ``Busy`` raised.
+        Deciding that an apparently abandoned lock is stale may take 10 s beyond ``wait``.
         """
         ...
 
