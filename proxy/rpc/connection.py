@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import socket as stdlib_socket
 import struct
+import traceback
 from typing import TYPE_CHECKING, Any, cast
 
 import h11
@@ -29,10 +30,10 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.typing import ConnectionState, TaskGroup
-from hypercorn.utils import parse_socket_addr
+from hypercorn.utils import parse_socket_addr  # pyright: ignore[reportUnknownVariableType]
 
 from proxy.rpc.headers import with_fixed_headers
-from proxy.rpc.replies import StreamBroken
+from proxy.rpc.replies import ClientGone, StreamBroken
 from proxy.runtime.secrets import scrub_text
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Connection:
             with self._scope:
                 await self._run()
         except Exception as error:  # noqa: BLE001  one connection must not stop the server
-            logger.exception("connection failed", error=scrub_text(repr(error)))
+            _log_fault("connection failed", error)
             self._broken = True
         finally:
             await self._close()
@@ -252,10 +253,6 @@ class Connection:
         await trio.aclose_forcefully(self._stream)
 
 
-class ClientGone(OSError):
-    """The client has closed its side, or the server cut it off."""
-
-
 class _Applications:
     """What hypercorn's protocol needs to start the application (its ``TaskGroup``)."""
 
@@ -299,15 +296,22 @@ class _Applications:
             with receive:
                 await app(scope, take, send)
             await send(None)
-        except ClientGone:
+        except (ClientGone, StreamBroken):
             self._connection.abort()
-        except StreamBroken:
+        except BaseExceptionGroup as group:
+            cancelled, faults = group.split(trio.Cancelled)
+            if faults is not None:
+                await self._failed(faults, send)
+            if cancelled is not None:
+                raise cancelled from None
+        except Exception as error:  # noqa: BLE001  a fault of the application ends its connection
+            await self._failed(error, send)
+
+    async def _failed(self, error: BaseException, send: Callable[[Any], Awaitable[None]]) -> None:
+        if _means_gone(error):
             self._connection.abort()
-        except Exception as error:
-            if _means_gone(error):
-                self._connection.abort()
-                return
-            logger.exception("request failed", error=scrub_text(str(error)))
+        else:
+            _log_fault("request failed", error)
             await self._fail(send)
 
     async def _fail(self, send: Callable[[Any], Awaitable[None]]) -> None:
@@ -321,9 +325,16 @@ class _Applications:
             self._connection.abort()
 
 
+def _log_fault(message: str, error: BaseException) -> None:
+    # not as exc_info: a renderer may show local variables, and thereby secrets
+    text = "".join(traceback.format_exception(error))
+    logger.error(message, traceback=scrub_text(text))
+
+
 def _means_gone(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return all(_means_gone(inner) for inner in error.exceptions)
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(_means_gone(inner) for inner in group.exceptions)
     return isinstance(error, ClientGone | StreamBroken)
 
 

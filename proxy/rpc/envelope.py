@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import structlog
@@ -69,13 +69,14 @@ class Malformed(ProxyError):
 def parse(body: bytes | bytearray) -> Call:
     """Read one request.  Raises :class:`Malformed`, or ``MethodNotFound`` for an answer."""
     try:
-        message = _decoder.decode(body)
+        decoded = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed("invalid JSON", rpc_code=INVALID_JSON) from error
-    if isinstance(message, list):
+    if isinstance(decoded, list):
         raise Malformed("batches are not supported: send one call per request")
-    if not isinstance(message, dict):
-        raise Malformed(f"invalid request: {_type_of(message)} instead of object")
+    if not isinstance(decoded, dict):
+        raise Malformed(f"invalid request: {_type_of(decoded)} instead of object")
+    message = cast("dict[str, Any]", decoded)
     version = message.get("jsonrpc", "2.0")
     if version != "2.0":
         raise Malformed(f"invalid version: {_type_of(version)} instead of undefined or '2.0'")
@@ -84,10 +85,11 @@ def parse(body: bytes | bytearray) -> Call:
     method = message["method"]
     if not isinstance(method, str):
         raise Malformed(f"invalid method: {_type_of(method)} instead of string")
-    params = message.get("params", {})
-    if not isinstance(params, dict | list):
-        kind = _type_of(params)
+    given = message.get("params", {})
+    if not isinstance(given, dict | list):
+        kind = _type_of(given)
         raise Malformed(f"invalid params: {kind} instead of undefined, array or object")
+    params = cast("dict[str, Any] | list[Any]", given)
     if "id" not in message:
         return Call(method, params, NO_IDENTITY)
     return Call(method, params, _identity(message))
@@ -190,7 +192,7 @@ def _as_ours(error: BaseException) -> ProxyError | None:
         return error
     if not isinstance(error, BaseExceptionGroup):
         return None
-    leaves = list(_leaves(error))
+    leaves = list(_leaves(cast("BaseExceptionGroup[BaseException]", error)))
     ours = [leaf for leaf in leaves if isinstance(leaf, ProxyError)]
     if len(ours) != len(leaves):
         return None
@@ -202,6 +204,6 @@ def _as_ours(error: BaseException) -> ProxyError | None:
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
     for inner in group.exceptions:
         if isinstance(inner, BaseExceptionGroup):
-            yield from _leaves(inner)
+            yield from _leaves(cast("BaseExceptionGroup[BaseException]", inner))
         else:
             yield inner

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -71,7 +71,7 @@ class Method:
     def read_params(self, given: object) -> Params:
         """Validate.  Raises ``InvalidParams`` with every fault found."""
         if isinstance(given, dict):
-            given = self.params.normalise(given)
+            given = self.params.normalise(cast("dict[str, Any]", given))
         errors = validate(self.schema, given)
         if errors:
             raise InvalidParams(errors)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import structlog
 import trio
@@ -24,7 +24,7 @@ from proxy.runtime.deadlines import undo_within
 from proxy.runtime.secrets import scrub_text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from proxy.rpc.envelope import Identity
 
@@ -52,6 +52,10 @@ class StreamBroken(Exception):
 
     A clean end would read as success to the client.
     """
+
+
+class ClientGone(OSError):
+    """The client has closed its side, or was cut off: raised by ``send``."""
 
 
 class Reply:
@@ -121,23 +125,29 @@ async def answer_now(reply: Reply, identity: Identity, call: Callable[[], Any]) 
     """Answer with what a plain function returns."""
     try:
         result = call()
-        if not is_stream(result):
+        records = iter(cast("Iterable[Any]", result)) if is_stream(result) else None
+        if records is None:
             body = success(identity, result)
         else:
-            assert not isinstance(result, AsyncIterable), "a plain function has no waiting stream"
-            records = iter(result)
             body = stream_header(identity) + _batch(records)
     except Exception as error:  # noqa: BLE001  the client is told
         await reply.finish(failure(identity, error))
         return
-    if is_stream(result):
+    if records is not None:
+        await _send_batches(reply, body, records)
+    else:
+        await reply.finish(body)
+
+
+async def _send_batches(reply: Reply, first: bytes, records: Iterator[Any]) -> None:
+    batch = first
+    while len(batch) >= _BATCH:
+        await reply.write(batch)
         try:
-            while len(body) >= _BATCH:
-                await reply.write(body)
-                body = _batch(records)
+            batch = _batch(records)
         except Exception as error:
             raise _broken(error) from error
-    await reply.finish(body)
+    await reply.finish(batch)
 
 
 def _batch(records: Iterator[Any]) -> bytes:
@@ -173,7 +183,8 @@ async def _answer(reply: Reply, identity: Identity, call: Callable[[], Awaitable
     if isinstance(result, Binary):
         await _send_binary(reply, identity, result)
     elif isinstance(result, AsyncIterable):
-        await _send_records(reply, identity, aiter(result))
+        records: AsyncIterable[Any] = result
+        await _send_records(reply, identity, aiter(records))
     elif is_stream(result):
         await _send_records(reply, identity, _one_by_one(iter(result)))
     else:
@@ -209,6 +220,8 @@ async def _send_records(reply: Reply, identity: Identity, records: AsyncIterator
                 await reply.write(line + b"\n" if live else line)
                 record = await anext(records, _END)
                 line = (b"" if live else b"\n") + (_line(record) if record is not _END else b"")
+        except ClientGone:
+            raise
         except Exception as error:
             raise _broken(error) from error
         await reply.finish(line)
@@ -234,6 +247,8 @@ async def _send_binary(reply: Reply, identity: Identity, result: Binary) -> None
                 await _write_pieces(reply, chunk)
             async for chunk in result.chunks:
                 await _write_pieces(reply, chunk)
+        except ClientGone:
+            raise
         except Exception as error:
             raise _broken(error) from error
         await reply.finish()

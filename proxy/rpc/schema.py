@@ -7,7 +7,7 @@ in the schema's order.  Nothing is coerced: ``"1"`` is no number and ``true`` is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,9 +77,10 @@ def _check(schema: Schema, value: Any, instance: str, path: str, errors: _Errors
         message = "must be equal to one of the allowed values"
         errors.add(instance, path, "enum", {"allowedValues": allowed}, message)
     if isinstance(value, dict):
-        _check_object(schema, value, instance, path, errors)
+        _check_object(schema, cast("dict[str, Any]", value), instance, path, errors)
     elif isinstance(value, list):
-        _check_items(schema, value, instance, path, errors)
+        items: list[Any] = value
+        _check_items(schema, items, instance, path, errors)
     elif isinstance(value, str):
         _check_length(schema, value, instance, path, errors)
     elif _is_number(value):

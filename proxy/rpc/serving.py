@@ -20,7 +20,7 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.utils import wrap_app
+from hypercorn.utils import wrap_app  # pyright: ignore[reportUnknownVariableType]
 
 from proxy.errors import Conflict, Refused, Unreachable
 from proxy.rpc.connection import Connection

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
+    from proxy.jobs.requests import BackupRequest, RestoreRequest
     from proxy.remotes.interface import Remote
     from proxy.rpc.app import App
+    from proxy.tasks import Task
 
 TOKEN = "a-token"
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "rpc"
@@ -55,6 +57,15 @@ class StubServices:
         self.open_remote: (
             Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Remote]] | None
         ) = None
+
+    def start_backup(self, request: BackupRequest, /) -> Task:
+        raise AssertionError(request)
+
+    async def start_restore(self, request: RestoreRequest, /) -> Task:
+        raise AssertionError(request)
+
+    def running_jobs(self) -> list[str]:
+        return []
 
     def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
         assert self.open_remote is not None
@@ -156,7 +167,7 @@ class Client:
             event = self._h11.next_event()
             if event is not h11.NEED_DATA:
                 return event
-            self._h11.receive_data(await self.stream.receive_some(65536))
+            self._h11.receive_data(bytes(await self.stream.receive_some(65536)))
 
 
 class Server:

@@ -9,7 +9,7 @@ from proxy.errors import Refused
 from proxy.rpc.auth import Authenticator, presented
 
 if TYPE_CHECKING:
-    from conftest import Server
+    from tests.rpc.conftest import Server
 
 
 class Store:

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
-from msgspec import UNSET, UnsetType
 
-from proxy.rpc import Context, Params, Registry
+from proxy.rpc.methods import backup
 from proxy.rpc.methods.system import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
-
-    from conftest import Server
-
-backup = Registry()
-
-
-class Run(Params, kw_only=True):
-    """The parameters of upstream's ``backup.run``."""
-
-    job: dict[str, Any]
-    remotes: dict[str, Any]
-    schedule: dict[str, Any]
-    xapis: dict[str, Any] | UnsetType = UNSET
-    job_data: dict[str, Any] | UnsetType = UNSET
-    record_to_xapi: dict[str, Any] | UnsetType = UNSET
-    stream_logs: bool = False
-
-
-@backup.method("backup.run", Run, description="run a backup job")
-async def run(_context: Context, _params: Run) -> None:
-    """Never called: the recorded calls are all refused."""
-
+    from tests.rpc.conftest import Server
 
 UPSTREAM_VERSION = "0.31.6"
-THERE = {
+THERE: dict[str, dict[str, Any]] = {
     "no token": {"token": None},
     "bad token": {"token": "nope"},
     "not JSON": {"body": b"not json"},
@@ -90,21 +67,23 @@ SAME = [
     "09-no.such",
     "10-backup.run",
     "11-backup.run",
+    "12-backup.listRunningJobs",
 ]
 
 
 @pytest.mark.parametrize("name", SAME)
 async def test_call_as_recorded(
-    name: str,
-    start: Callable[..., AbstractAsyncContextManager[Server]],
-    recorded_calls: list[dict[str, Any]],
+    name: str, server: Server, recorded_calls: list[dict[str, Any]]
 ) -> None:
     recorded = next(one for one in recorded_calls if one["name"] == name)
-    async with start(backup) as server:
-        answer = await server.call(recorded["method"], recorded["params"])
+    answer = await server.call(recorded["method"], recorded["params"])
     expected = recorded["answer"]
     if name == "03-system.getServerVersion":
         expected = [{**expected[0], "result": VERSION}]
+    if name == "04-system.methodSignature":
+        # upstream knows nothing of its results
+        expected = [msgspec.json.decode(msgspec.json.encode(expected[0]))]
+        expected[0]["result"]["result"] = backup.methods["backup.run"].result
     if name == "05-system.methodSignature":
         # weakness 13: upstream swaps the id and its type
         error = {"message": "no such method nope", "code": 1, "data": {"id": "nope"}}
@@ -113,6 +92,20 @@ async def test_call_as_recorded(
     assert answer.status == 200
     assert answer.headers["content-type"] == "application/json"
     assert answer.lines() == expected
+
+
+LATER = {
+    "backup.deleteMetadataBackup",
+    "backup.fetchPartitionFiles",
+    "backup.listDiskPartitions",
+    "backup.listPartitionFiles",
+    "backup.listPoolMetadataBackups",
+    "backup.listXoMetadataBackups",
+    "backup.restoreMetadataBackup",
+    "backup.mountPartition",
+    "backup.unmountPartition",
+}
+"""Not offered yet."""
 
 
 async def test_every_method_of_upstream_has_its_name_and_parameters(
@@ -124,5 +117,5 @@ async def test_every_method_of_upstream_has_its_name_and_parameters(
     assert header == recorded["answer"][0]
     by_name = {method["name"]: method for method in ours}
     for method in recorded["answer"][1:]:
-        if method["name"] in by_name or not method["name"].startswith("backup."):
+        if method["name"] not in LATER:
             assert by_name[method["name"]] == method

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
-    from conftest import Server
+    from tests.rpc.conftest import Server
 
     Start = Callable[..., AbstractAsyncContextManager[Server]]
 
@@ -156,7 +156,7 @@ async def test_a_failure_before_the_first_record_is_a_plain_error() -> None:
     async def records() -> AsyncIterator[int]:
         await trio.sleep(15)
         raise NotFound("no remote")
-        yield 1
+        yield 1  # type: ignore[unreachable]
 
     async def stream() -> AsyncIterator[int]:
         return records()
@@ -272,6 +272,15 @@ async def look(_context: Context, _: Nothing) -> bool:
     return True
 
 
+@methods.method("try.flood", Nothing)
+async def flood(_context: Context, _: Nothing) -> AsyncIterator[bytes]:
+    async def records() -> AsyncIterator[bytes]:
+        while True:
+            yield b'"' + b"x" * 60_000 + b'"'
+
+    return records()
+
+
 @methods.method("try.refused", Nothing, changes=True)
 async def refused(_context: Context, _: Nothing) -> bool:
     raise NotFound("nothing there")
@@ -349,3 +358,13 @@ async def test_nothing_is_compressed(server: Server) -> None:
         )
     assert "content-encoding" not in answer.headers
     assert answer.json()["result"]["openrpc"]
+
+
+async def test_a_client_that_leaves_is_no_error_of_ours(start: Start) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with start(methods) as server:
+            async with server.client() as client:
+                await client.send(b'{"id":0,"method":"try.flood"}')
+                await client.head()
+            await leave_in(server, "try.look")
+    assert [entry for entry in logs if entry["log_level"] == "error"] == []

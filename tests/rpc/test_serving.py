@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from conftest import Server
+    from tests.rpc.conftest import Server
 
     Start = Callable[..., AbstractAsyncContextManager[Server]]
 

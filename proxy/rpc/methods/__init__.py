@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from proxy.rpc.methods import appliance, authentication, event, remote, system, task, test
+from proxy.rpc.methods import (
+    appliance,
+    authentication,
+    backup,
+    event,
+    remote,
+    system,
+    task,
+    test,
+)
 from proxy.rpc.registry import Registry
 
 
 def standard(*more: Registry) -> Registry:
-    """Every method of this room, and ``more`` (those that other rooms define)."""
+    """Every method of this room, and ``more``."""
     registry = Registry()
-    for module in (system, test, appliance, authentication, remote, event, task):
+    for module in (system, test, appliance, authentication, backup, remote, event, task):
         registry.include(module.methods)
     for methods in more:
         registry.include(methods)
