@@ -32,7 +32,7 @@ from proxy.errors import Busy, Refused, from_os_error
 from proxy.jobs import open_services
 from proxy.listening import drop_privileges, give_to_user, open_all
 from proxy.rpc import create_app, serve
-from proxy.rpc.methods import backup, standard
+from proxy.rpc.methods import standard
 from proxy.systemd import Notifier
 from proxy.tasks import JournalLimits, open_tasks
 
@@ -128,7 +128,7 @@ async def _answer_until_stopped(
     out: TextIO,
 ) -> None:
     closing = trio.Event()
-    app = create_app(services, standard(backup.methods), live, lambda: live.value.api)
+    app = create_app(services, standard(), live, lambda: live.value.api)
     async with trio.open_nursery() as server:
         await server.start(
             partial(
