@@ -8,11 +8,9 @@ path can name anything outside of the remote.
 from __future__ import annotations
 
 import posixpath
-import re
 
 from proxy.errors import Refused
 
-_TEMPORARY = re.compile(r"\.(?P<ms>\d{13})\.(?P<name>.+)\.tmp", re.DOTALL)
 _LONGEST_NAME = 255
 """Bytes in one name on every file system in use."""
 
@@ -56,10 +54,3 @@ def temporary_name(final_name: str, milliseconds: int) -> str:
     room = _LONGEST_NAME - len(head) - len(ending)
     kept = final_name.encode(errors="surrogateescape")[:room]
     return f"{head}{kept.decode(errors='surrogateescape')}{ending}"
-
-
-def temporary_since(file_name: str) -> float | None:
-    """Seconds since the epoch when the temporary file of this name was made; ``None`` for
-    every other name.  What is left of a crash is found by this."""
-    match = _TEMPORARY.fullmatch(file_name)
-    return int(match["ms"]) / 1000 if match else None

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from proxy.errors import Corrupt, NotFound, ProxyError, Refused, Unreachable
-from proxy.remotes import new_file
+from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused, Unreachable
+from proxy.remotes import new_file, posix
 from tests.remotes.conftest import opened, tree
 
 if TYPE_CHECKING:
@@ -317,3 +317,27 @@ async def test_not_found_keeps_its_errno(local: Remote) -> None:
     with pytest.raises(NotFound) as caught:
         await local.unlink("f/g")
     assert caught.value.code == "ENOTDIR"
+
+
+@pytest.mark.parametrize(("fills", "gone"), [(2, True), (99, False)])
+async def test_a_tree_that_somebody_fills_meanwhile(
+    local: Remote, root: Path, monkeypatch: pytest.MonkeyPatch, fills: int, *, gone: bool
+) -> None:
+    await local.write_file("t/f", b"")
+    rmdir = posix.Root.rmdir
+    left = fills
+
+    def late(self: posix.Root, path: str) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            (root / "t/late").touch()
+        rmdir(self, path)
+
+    monkeypatch.setattr(posix.Root, "rmdir", late)
+    if gone:
+        await local.rmtree("t")
+    else:
+        with pytest.raises(Conflict, match="ENOTEMPTY"):
+            await local.rmtree("t")
+    assert (root / "t").exists() is not gone

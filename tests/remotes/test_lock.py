@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from proxy.errors import Busy, Refused
+from proxy.errors import Busy, Refused, Unreachable
 from proxy.remotes import lock as lock_module
 from proxy.remotes.lock import DirectoryLock
 from proxy.runtime.threads import inline_threads
@@ -264,3 +264,31 @@ async def test_the_root_cannot_be_locked(root: Path) -> None:
             with pytest.raises(Refused):
                 async with remote.lock("/", owner="run"):
                     pytest.fail("held")
+
+
+@pytest.mark.parametrize(("failures", "survives"), [(3, True), (99, False)])
+async def test_refreshes_may_fail_until_the_lock_could_be_stale(
+    root: Path, monkeypatch: pytest.MonkeyPatch, failures: int, *, survives: bool
+) -> None:
+    refresh = DirectoryLock._refresh_now
+    left = failures
+
+    def failing(self: DirectoryLock) -> str | None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise Unreachable("no answer", code="ETIMEDOUT")
+        return refresh(self)
+
+    monkeypatch.setattr(DirectoryLock, "_refresh_now", failing)
+    outcome = "went on"
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            try:
+                async with remote.lock(PATH, owner="run"):
+                    await trio.sleep(30)
+            except Busy as error:
+                outcome = error.message
+    assert trio.current_time() == (30 if survives else 9)
+    assert ("could not be refreshed: no answer" in outcome) is not survives
+    assert tree(root) == ["xo-vm-backups", PATH]
