@@ -6,9 +6,10 @@ Stopping, in this order, each step bounded in time:
 2. What still runs is cancelled and has ``undoGrace`` to remove what it made.
 3. Streams have ended by now with the last record of their run; the listeners close.
 
-The API answers until step 3, so that somebody can look and cancel.  A second signal cancels
-everything at once; what has not ended a few seconds later is left to the next start, which
-finds it in the journal.
+The API answers until step 3, so that somebody can look and cancel.  A second signal skips the
+waiting: runs are cancelled at once and get a few seconds for their undo, for which sessions
+on pools and remotes stay open; what has not ended then is left to the next start, which finds
+it in the journal.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Orders:
 
     def __init__(self) -> None:
         self.stop = trio.Event()
-        self.forced = False
+        self.now = trio.Event()
+        """A second signal came."""
 
 
 async def run(
@@ -86,7 +88,7 @@ async def run(
             drop_privileges(config)
             await _serve(live, bound, orders, notifier, out or sys.stdout)
         root.cancel_scope.cancel("stopped")
-    if orders.forced:
+    if orders.now.is_set():
         return 1
     _log.info("stopped")
     return 0
@@ -114,8 +116,8 @@ async def _serve(
                 # pools and remotes stay open until every run has undone what it did.
                 services.stop_accepting()
                 services.cancel_all("the daemon stops")
-                with trio.CancelScope(shield=True), trio.move_on_after(live.value.undo_grace):
-                    await services.wait_idle()
+                with trio.CancelScope(shield=True):
+                    await _idle_within(services, live.value.undo_grace, orders)
         nursery.cancel_scope.cancel("the daemon stops")
 
 
@@ -137,6 +139,7 @@ async def _answer_until_stopped(
                 [each.listener for each in bound],
                 settings=lambda: live.value.api,
                 stopping=closing,
+                now=orders.now,
                 grace=LAST_BYTES,
             )
         )
@@ -145,25 +148,40 @@ async def _answer_until_stopped(
         _log.info("started", version=__version__, token_from=live.token_from)
         notifier.tell(READY=1, STATUS="serving")
         await orders.stop.wait()
-        await _end_runs(services, live.value, notifier)
+        await _end_runs(services, live.value, orders, notifier)
         closing.set()
 
 
-async def _end_runs(services: Services, config: Config, notifier: Notifier) -> None:
+async def _end_runs(services: Services, config: Config, orders: Orders, notifier: Notifier) -> None:
     """Let running work end, then cancel it and wait for its undo."""
     services.stop_accepting()
     async with trio.open_nursery() as telling:
         telling.start_soon(notifier.ask_for_time, "waiting for running jobs")
-        with trio.move_on_after(config.stop_grace) as waiting:
-            await services.wait_idle()
-        if waiting.cancelled_caught:
-            _log.warning("cancelling what still runs", after_seconds=config.stop_grace)
+        if not await _idle_within(services, config.stop_grace, orders):
+            _log.warning("cancelling what still runs")
             services.cancel_all("the daemon stops")
-            with trio.move_on_after(config.undo_grace) as waiting:
-                await services.wait_idle()
-            if waiting.cancelled_caught:
+            if not await _idle_within(services, config.undo_grace, orders):
                 _log.error("some runs did not clean up in time", seconds=config.undo_grace)
         telling.cancel_scope.cancel("done")
+
+
+async def _idle_within(services: Services, seconds: float, orders: Orders) -> bool:
+    """Whether all runs end within ``seconds``; a second signal leaves them only a few."""
+    hurried = orders.now.is_set()
+    idle = False
+    async with trio.open_nursery() as waiting:
+        if not hurried:
+            waiting.start_soon(_cancel_when, orders.now, waiting.cancel_scope)
+        with trio.move_on_after(min(seconds, FORCED_AFTER - 1) if hurried else seconds):
+            await services.wait_idle()
+            idle = True
+        waiting.cancel_scope.cancel("done")
+    return idle
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel("second signal")
 
 
 async def _obey_signals(
@@ -188,9 +206,8 @@ async def _obey_signals(
                 orders.stop.set()
             else:
                 _log.warning("stopping at once", signal=name)
-                orders.forced = True
                 _exit_after(FORCED_AFTER)
-                root.cancel_scope.cancel("second signal")
+                orders.now.set()
 
 
 def _exit_after(seconds: float) -> None:

@@ -33,9 +33,7 @@ for _command in (serve, call, tasks, backups, simulate, demo):
 def main() -> None:
     """Entry point: runs the command line and exits; never shows a traceback for a known error."""
     try:
-        commands(prog_name="xo-proxy", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        code: object = commands(prog_name="xo-proxy", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         click.echo(err=True)
         sys.exit(failures.INTERRUPTED)
@@ -52,3 +50,4 @@ def main() -> None:
             raise
         known.show()
         sys.exit(known.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -113,6 +113,10 @@ class Client:
             timeout=httpx.Timeout(None, connect=_CONNECT),
         )
 
+    def close(self) -> None:
+        """Close its connections; no call may be under way."""
+        self._http.close()
+
     @contextlib.contextmanager
     def call(self, method: str, params: dict[str, Any]) -> Iterator[Reply]:
         """Send one call.  Raises ``CallError`` or another ``Failure``."""
@@ -252,7 +256,8 @@ def connection(command: Callable[..., Any]) -> Callable[..., Any]:
         context.obj = given
         if context.invoked_subcommand is not None:
             return None  # the subcommand makes its own client, with these options as defaults
-        return command(*args, client=given.client(), **options)
+        with contextlib.closing(given.client()) as client:
+            return command(*args, client=client, **options)
 
     return with_client
 

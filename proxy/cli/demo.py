@@ -243,6 +243,7 @@ class Demo:
         line = _line(daemon).strip()
         self._say(line)
         client = Client(line.removeprefix("listening on "), token)
+        ending.callback(client.close)
         self._say(f"version {client.scalar('system.getServerVersion', {})} answers")
         return client, daemon
 

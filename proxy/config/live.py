@@ -108,7 +108,11 @@ class LiveConfig:
 
     def _fingerprint(self) -> Fingerprint:
         # What was read last stays in view: the token's file, and one that went away.
-        return {path: _mark(path) for path in {*self._places.files(), *self._loaded.files}}
+        try:
+            present = self._places.files()
+        except OSError:  # a directory that cannot be listed now; the next look may
+            present = []
+        return {path: _mark(path) for path in {*present, *self._loaded.files}}
 
     async def rotate(self, new: str) -> None:
         """Write the token where it survives a restart, then use it.
