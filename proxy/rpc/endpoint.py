@@ -134,7 +134,10 @@ class Endpoint:
             return
         if method.changes:
             work = functools.partial(self._in_daemon, method, work)
-        await answer_when_ready(reply, call.identity, settings.keep_alive_interval, work)
+        # a space would begin an answer in JSON
+        is_binary = method.result.get("x-stream") == "binary"
+        interval = 0.0 if is_binary else settings.keep_alive_interval
+        await answer_when_ready(reply, call.identity, interval, work)
 
     async def _in_daemon(self, method: Method, work: Callable[[], Awaitable[Any]]) -> Any:
         """Run ``work`` in the daemon's nursery and wait for it.

@@ -41,7 +41,10 @@ logger = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """Bytes as they are.  A failure after the first one can only break the connection."""
+    """Bytes as they are.  A failure after the first one can only break the connection.
+
+    The method says ``"x-stream": "binary"`` in its result's schema: no spaces are sent then.
+    """
 
     chunks: AsyncIterator[bytes]
     content_type: str = "application/octet-stream"
@@ -70,6 +73,13 @@ class Reply:
         self._silent_since = 0.0
         self._keeps_alive = True
 
+    async def _hold(self) -> None:
+        # a free lock is taken without a pass through the scheduler
+        if self._lock.locked():
+            await self._lock.acquire()
+        else:
+            self._lock.acquire_nowait()
+
     async def begin(self, kind: tuple[bytes, bytes], *more: tuple[bytes, bytes]) -> None:
         headers = [kind, *more, *self._headers()]
         self._started = True
@@ -77,27 +87,36 @@ class Reply:
 
     async def write(self, data: bytes, kind: tuple[bytes, bytes] = _JSON) -> None:
         """Send ``data`` now; returns when the kernel has taken it."""
-        async with self._lock:
+        await self._hold()
+        try:
             if not self._started:
                 await self.begin(kind)
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
             self._silent_since = trio.current_time()
+        finally:
+            self._lock.release()
 
     async def finish(self, data: bytes = b"") -> None:
         """Send the last bytes; with ``Content-Length`` when they are the first, too."""
-        async with self._lock:
+        await self._hold()
+        try:
             self._finished = True
             if not self._started:
                 await self.begin(_JSON, (b"content-length", b"%d" % len(data)))
             await self._send({"type": "http.response.body", "body": data})
+        finally:
+            self._lock.release()
 
     async def begin_binary(self, kind: bytes) -> None:
         """No keep-alive from here on: every byte counts."""
-        async with self._lock:
+        await self._hold()
+        try:
             self._keeps_alive = False
             if self._started:
                 raise StreamBroken("a space has gone out as JSON before the bytes were ready")
             await self.begin((b"content-type", kind))
+        finally:
+            self._lock.release()
 
     async def keep_alive(self, interval: float) -> None:
         """Send a space whenever ``interval`` seconds went by in silence.  Runs until cancelled."""
@@ -108,13 +127,16 @@ class Reply:
                 continue
             # a cancel may only come between two spaces, never within the bytes of one: the
             # one who cancels has passed through the lock in finish()
-            async with self._lock:
+            await self._hold()
+            try:
                 if self._finished or not self._keeps_alive:
                     return
                 if not self._started:
                     await self.begin(_JSON)
                 await self._send({"type": "http.response.body", "body": b" ", "more_body": True})
                 self._silent_since = trio.current_time()
+            finally:
+                self._lock.release()
 
 
 def is_stream(result: object) -> bool:
@@ -183,8 +205,8 @@ async def _answer(reply: Reply, identity: Identity, call: Callable[[], Awaitable
     if isinstance(result, Binary):
         await _send_binary(reply, identity, result)
     elif isinstance(result, AsyncIterable):
-        records: AsyncIterable[Any] = result
-        await _send_records(reply, identity, aiter(records))
+        records = aiter(result)  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        await _send_records(reply, identity, records)  # pyright: ignore[reportUnknownArgumentType]
     elif is_stream(result):
         await _send_records(reply, identity, _one_by_one(iter(result)))
     else:

@@ -79,8 +79,8 @@ def _check(schema: Schema, value: Any, instance: str, path: str, errors: _Errors
     if isinstance(value, dict):
         _check_object(schema, cast("dict[str, Any]", value), instance, path, errors)
     elif isinstance(value, list):
-        items: list[Any] = value
-        _check_items(schema, items, instance, path, errors)
+        # mypy knows that it is list[Any] already
+        _check_items(schema, value, instance, path, errors)  # pyright: ignore[reportUnknownArgumentType]
     elif isinstance(value, str):
         _check_length(schema, value, instance, path, errors)
     elif _is_number(value):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
 import trio.lowlevel
 
-from proxy.errors import NotFound
+from proxy.errors import NotFound, Unreachable
+from proxy.remotes.factory import RemoteOptions, opened_remote
 from proxy.rpc.methods import appliance
 from proxy.rpc.methods.appliance import _read_os_release
 
@@ -284,3 +285,68 @@ async def test_a_failed_test_is_an_answer_with_its_message(
     assert result["success"] is False
     assert isinstance(result["error"], str)
     assert result["error"]
+
+
+@pytest.fixture
+def with_remotes(server: Server) -> Server:
+    options = RemoteOptions(disable_file_remotes=False)
+    server.services.open_remote = lambda spec: opened_remote(spec, options=options)
+    return server
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["01-remote.ping", "02-remote.test", "03-remote.getInfo", "04-remote.getTotalBackupSize"],
+)
+async def test_a_local_remote_as_recorded(
+    name: str, with_remotes: Server, tmp_path: Path, recorded_calls: list[dict[str, Any]]
+) -> None:
+    recorded = next(one for one in recorded_calls if one["name"] == name)
+    (tmp_path / "remote1").mkdir()
+    spec = {"id": "remote1", "url": f"file://{tmp_path}/remote1"}
+    result = await result_of(with_remotes, recorded["method"], {"remote": spec})
+    expected = recorded["answer"][0]["result"]
+    assert result.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, bool) or value == 0:
+            assert result[key] == value
+        else:
+            assert result[key] > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["05-remote.ping-bad", "06-remote.test-bad", "07-remote.getInfo-bad"]
+)
+async def test_a_bad_remote_as_recorded(
+    name: str, with_remotes: Server, tmp_path: Path, recorded_calls: list[dict[str, Any]]
+) -> None:
+    recorded = next(one for one in recorded_calls if one["name"] == name)
+    (tmp_path / "file").touch()
+    spec = {"id": "bad", "url": f"file://{tmp_path}/file/x"}
+    answer = (await with_remotes.call(recorded["method"], {"remote": spec})).json()
+    expected = recorded["answer"][0]
+    if "error" in expected:
+        assert answer["error"]["code"] == expected["error"]["code"]
+        assert answer["error"]["data"]["code"] == expected["error"]["data"]["code"] == "ENOTDIR"
+    else:
+        assert answer["result"]["success"] is False
+        assert "ENOTDIR" in answer["result"]["error"]
+
+
+class Stale:
+    """What is left of an open share when its server went away."""
+
+    async def list(self, path: str) -> list[Any]:
+        raise Unreachable(f"ESTALE: stale file handle, listing '{path}'", code="ESTALE")
+
+
+async def test_a_remote_that_vanished_does_not_ping(server: Server) -> None:
+    """Upstream's ping trusts a handler that is open already."""
+
+    @contextlib.asynccontextmanager
+    async def open_already(_spec: Mapping[str, Any]) -> AsyncIterator[Remote]:
+        yield cast("Remote", Stale())
+
+    server.services.open_remote = open_already
+    error = await error_of(server, "remote.ping", {"remote": {"url": "nfs://host:/share"}})
+    assert error["data"]["code"] == "ESTALE"

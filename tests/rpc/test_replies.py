@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
+    from proxy.config import ApiConfig
     from tests.rpc.conftest import Server
 
     Start = Callable[..., AbstractAsyncContextManager[Server]]
@@ -261,6 +262,15 @@ async def change(_context: Context, _: Nothing) -> bool:
     return True
 
 
+@methods.method("try.bytes", Nothing, result={"x-stream": "binary"})
+async def slow_bytes(_context: Context, _: Nothing) -> Binary:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"ab"
+
+    await trio.sleep(0.3)
+    return Binary(chunks())
+
+
 @methods.method("try.look", Nothing)
 async def look(_context: Context, _: Nothing) -> bool:
     events.append("begun")
@@ -284,6 +294,16 @@ async def flood(_context: Context, _: Nothing) -> AsyncIterator[bytes]:
 @methods.method("try.refused", Nothing, changes=True)
 async def refused(_context: Context, _: Nothing) -> bool:
     raise NotFound("nothing there")
+
+
+async def test_bytes_that_are_long_in_coming_are_not_spoilt_by_spaces(
+    start: Start, settings: Callable[..., ApiConfig]
+) -> None:
+    async with start(methods, settings=settings(keep_alive_interval=0.1)) as server:
+        answer = await server.call("try.bytes")
+        slow = await server.call("try.change")
+    assert answer.body == b"ab"
+    assert slow.body.startswith(b" {")
 
 
 async def test_a_broken_stream_breaks_its_connection(start: Start) -> None:

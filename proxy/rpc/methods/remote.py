@@ -47,9 +47,10 @@ async def get_info(context: Context, params: RemoteParams) -> dict[str, int]:
 
 @methods.method("remote.ping", RemoteParams, result={"type": "object"})
 async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
-    """Opening the remote is the test: it is mounted and written to."""
-    async with context.services.remote(params.remote):
-        return {"success": True}
+    """Open the remote and look at it: one that is shared and open may be gone meanwhile."""
+    async with context.services.remote(params.remote) as remote:
+        await remote.list("/")
+    return {"success": True}
 
 
 @methods.method(
