@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import structlog.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidParams, Many, NoSuchObject, NotFound, Refused, XapiError
@@ -98,6 +98,7 @@ def test_the_id_comes_back(identifier: object) -> None:
     assert json.loads(success(call.identity, "r"))["id"] == identifier
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_call_or_malformed(body: bytes) -> None:
     code = 0
@@ -108,6 +109,7 @@ def test_any_bytes_are_a_call_or_malformed(body: bytes) -> None:
     assert code in {0, -32700, -32600, -32601}
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["id", "method", "params", "jsonrpc"]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.rpc.registry import Method, Params, Registry
@@ -121,6 +121,7 @@ json_values = st.recursive(
 names = st.sampled_from([*METHOD.schema["properties"], "other"])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(names, json_values, max_size=5))
 def test_accepts_what_msgspec_accepts(value: dict[str, Any]) -> None:
     """msgspec, which makes the parameters, is the independent judge."""
