@@ -2,17 +2,18 @@
 
 XCP-ng 7.3 and later speak JSON-RPC at ``/jsonrpc``; the older XML-RPC is not offered.
 
-Cancel: a call that only reads, or that changes something with a name known beforehand, is
-given up at once (its connection is closed).  A call that *makes* something whose name only
-the answer tells (``task.create``, ``VDI.create``, ``Async.*``, the login) can be given up
-until its request starts to be sent; from then on the answer is waited for, bounded by
-:data:`HANDLE_SECONDS`, so that the caller can undo what was made.
+Cancel: a call that only reads is given up at once (its connection is closed).  A call with
+an effect can be given up until its request starts to be sent; from then on its answer is
+waited for, bounded by :data:`HANDLE_SECONDS`: what it did is known, and an undo cannot be
+overtaken.  One that *makes* something whose name only the answer tells (``task.create``,
+``VDI.create``, ``Async.*``, the login) returns it, and the cancel strikes afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
@@ -27,7 +28,7 @@ from proxy.xapi.shapes import is_list, is_map
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from proxy.xapi.options import Address, XapiOptions
 
@@ -129,7 +130,10 @@ class Session:
                 if method == "event.from":
                     return await self._post(method, [session, *args], attempt, timeout)
                 async with self._slots:
-                    return await self._post(method, [session, *args], attempt, timeout)
+                    if _READ_ONLY.fullmatch(method) or _MAKES_HANDLE.fullmatch(method):
+                        return await self._post(method, [session, *args], attempt, timeout)
+                    post = partial(self._post, method, [session, *args], attempt, timeout)
+                    return await _answered(post, attempt)
             except XapiError as error:
                 if error.code == "SESSION_INVALID" and not renewed:
                     renewed = True
@@ -228,6 +232,38 @@ class Session:
                 code="EPROTO",
             )
         return _result(text, method, peer)
+
+
+async def _answered(post: Callable[[], Awaitable[Any]], attempt: _Attempt) -> Any:
+    """A call with an effect; on cancel its answer is awaited for a while before going on.
+
+    A host finishes what it was told, whether its caller waits or not: an undo that began
+    before the answer would be overtaken by the very effect that it undoes.
+    """
+    await trio.lowlevel.checkpoint_if_cancelled()
+    outcome: list[Any] = []
+    failure: list[ProxyError] = []
+    done = trio.Event()
+    kept = trio.CancelScope(shield=True)
+
+    async def run() -> None:
+        with kept:
+            try:
+                outcome.append(await post())
+            except ProxyError as error:
+                failure.append(error)
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            kept.deadline = trio.current_time() + (HANDLE_SECONDS if attempt.sent else 0)
+            raise
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 class _Attempt:

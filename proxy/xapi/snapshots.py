@@ -120,9 +120,13 @@ async def _take(
                 if not _one_argument_too_many(error):
                     raise
         snapshot = str(await xapi.call_async("VM.snapshot", vm_ref, name, on_late_success=discard))
-    except (Unreachable, XapiError) as error:
-        # A task that failed or was cancelled left nothing; one whose end is unknown may have.
-        if isinstance(error, Unreachable) or error.code == "TASK_DESTROYED":
+    except BaseException as error:
+        # A cancelled task may have come to its effect, one whose end is unknown too.  Without
+        # marks a search is only worth its doubt when the call itself was lost.
+        lost = isinstance(error, Unreachable) or (
+            isinstance(error, XapiError) and error.code == "TASK_DESTROYED"
+        )
+        if marks or lost:
             await _discard_lost(xapi, vm_ref, name, before, marks)
         raise
     if ignored:

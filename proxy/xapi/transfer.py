@@ -284,9 +284,11 @@ async def _open(
         if answer is None or 200 <= answer.status < 300:
             return connection, body
         connection.abort()
-        if answer.status == 302 and redirects < _REDIRECTS:
+        if answer.status == 302:
             redirects += 1
             task.engaged = False
+            if redirects > _REDIRECTS:
+                raise Unreachable(f"{name}: too many redirects", code="EPROTO")
             address, target = await _redirected(xapi, address, answer)
         elif answer.status == 401 and not renewed:
             renewed = True
@@ -303,7 +305,10 @@ async def _open(
                 code="EHTTP",
                 data={"status": answer.status},
             )
-            raise await _explained(xapi, task, refusal)
+            reason = await _explained(xapi, task, refusal)
+            # The host has refused for good: if its task did not end by now, nobody ends it.
+            task.engaged = False
+            raise reason
 
 
 async def _exchange(
