@@ -296,6 +296,7 @@ def test_a_taken_port_is_named_and_another_listener_serves(lab: Lab) -> None:
         assert f"127.0.0.1:{port}" in daemon.log()
         assert client.scalar("system.getServerVersion", {})
         del listen["free"]
+        config = lab.config("b.json", http={"listen": listen}, datadir="./other")
         failed = lab.start("serve", "--config", str(config))
         assert failed.wait() == 1
         assert "no listener could be opened" in failed.log()

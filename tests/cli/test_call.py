@@ -1,0 +1,223 @@
+"""``call`` against a server of our own that answers recorded bytes, and the way it fails."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from proxy.cli import main
+from proxy.cli.call import parse_params
+from proxy.cli.failures import failure_of
+from proxy.config import ConfigError, Problem
+from proxy.errors import NotFound, Unauthorized, Unreachable
+
+JSON = "application/json"
+
+
+@dataclass
+class Stub:
+    """Answers every call with ``body``; keeps what was asked."""
+
+    url: str = ""
+    status: int = 200
+    kind: str = JSON
+    body: bytes = b'{"id":0,"jsonrpc":"2.0","result":true}'
+    asked: list[tuple[dict[str, str], Any]] = field(default_factory=list)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    state = Stub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["content-length"])
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            state.asked.append((headers, json.loads(self.rfile.read(length))))
+            self.send_response(state.status)
+            self.send_header("content-type", state.kind)
+            self.send_header("content-length", str(len(state.body)))
+            self.end_headers()
+            self.wfile.write(state.body)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        state.url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield state
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def xo_proxy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Any:
+    monkeypatch.setenv("XO_PROXY_AUTHENTICATION_TOKEN", "token-of-tests")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["xo-proxy", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        shown = capsys.readouterr()
+        return int(left.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_a_value_is_printed_as_json(stub: Stub, xo_proxy: Any) -> None:
+    stub.body = b'{"id":0,"jsonrpc":"2.0","result":{"a":"\xc3\xa9"}}'
+    assert xo_proxy("call", "x.y", "k=v", "--url", stub.url) == (0, '{\n  "a": "é"\n}\n', "")
+    headers, asked = stub.asked[0]
+    assert asked == {"id": 0, "jsonrpc": "2.0", "method": "x.y", "params": {"k": "v"}}
+    assert headers["cookie"] == "authenticationToken=token-of-tests"
+    assert headers["accept-encoding"] == "identity"
+
+
+def test_raw_prints_text_as_it_is(stub: Stub, xo_proxy: Any) -> None:
+    stub.body = b'{"id":0,"jsonrpc":"2.0","result":"1.0.0"}'
+    assert xo_proxy("call", "v", "--raw", "--url", stub.url) == (0, "1.0.0\n", "")
+
+
+def test_a_stream_of_upstream_is_printed_line_by_line(stub: Stub, xo_proxy: Any) -> None:
+    """Spaces that keep the connection alive, and separators of Unicode within a value."""
+    head = b'  {"id":0,"jsonrpc":"2.0","result":{"$responseType":"ndjson"}}\n'
+    stub.body = head + '{"n":1}\n   {"n":"a\u2028b"}\n  '.encode()
+    code, out, _ = xo_proxy("call", "x", "--url", stub.url)
+    assert (code, out) == (0, '{"n":1}\n{"n":"a\u2028b"}\n')
+
+
+def test_bytes_go_to_standard_output(
+    stub: Stub, xo_proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.kind, stub.body = "application/octet-stream", b"\0\xffbytes"
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw))
+    assert xo_proxy("call", "x", "--url", stub.url)[0] == 0
+    assert raw.getvalue() == b"\0\xffbytes"
+
+
+def test_bytes_are_refused_on_a_terminal(
+    stub: Stub, xo_proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.kind, stub.body = "application/octet-stream", b"\0\xffbytes"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    code, out, err = xo_proxy("call", "x", "--url", stub.url)
+    assert (code, out) == (2, "")
+    assert "redirect" in err
+
+
+def test_an_error_is_one_line_and_its_faults(stub: Stub, xo_proxy: Any) -> None:
+    fault = {"instancePath": "/a", "message": "must be object"}
+    error = {"code": 10, "message": "invalid parameters", "data": {"errors": [fault]}}
+    stub.body = json.dumps({"error": error, "id": 0, "jsonrpc": "2.0"}).encode()
+    expected = "xo-proxy: invalid parameters\nxo-proxy:   /a: must be object\n"
+    assert xo_proxy("call", "x", "--url", stub.url) == (1, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "text"),
+    [
+        (401, b"Unauthorized", 4, "does not accept the token"),
+        (413, b"", 1, "413"),
+        (200, b"", 3, "no answer that this program understands"),
+        (200, b'{"id":0,', 3, "cut off"),
+    ],
+)
+def test_other_answers_have_their_exit_code(
+    stub: Stub, xo_proxy: Any, status: int, body: bytes, code: int, text: str
+) -> None:
+    stub.status, stub.body = status, body
+    found, out, err = xo_proxy("call", "x", "--url", stub.url)
+    assert (found, out) == (code, "")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_an_unreachable_daemon(xo_proxy: Any) -> None:
+    code, _, err = xo_proxy("call", "x", "--url", "http://127.0.0.1:1")
+    assert code == 3
+    assert err.startswith("xo-proxy: cannot reach http://127.0.0.1:1: ")
+
+
+def test_without_a_token_it_says_where_to_put_one(
+    stub: Stub, xo_proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XO_PROXY_AUTHENTICATION_TOKEN")
+    monkeypatch.chdir("/")
+    code, _, err = xo_proxy("call", "x", "--url", stub.url)
+    assert code == 4
+    assert "--token-file" in err
+
+
+def test_the_token_may_be_the_urls_user(stub: Stub, xo_proxy: Any) -> None:
+    xo_proxy("call", "x", "--url", stub.url.replace("://", "://a%2Bb@"))
+    assert stub.asked[0][0]["cookie"] == "authenticationToken=a+b"
+
+
+def test_a_token_that_no_cookie_can_hold_is_encoded(
+    stub: Stub, xo_proxy: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("semi;colon\n")
+    xo_proxy("call", "x", "--url", stub.url, "--token-file", str(path))
+    assert stub.asked[0][0]["cookie"] == "authenticationToken=semi%3Bcolon"
+
+
+def test_options_stand_before_or_after_a_subcommand(stub: Stub, xo_proxy: Any) -> None:
+    assert xo_proxy("tasks", "cancel", "t1", "--url", stub.url)[0] == 0
+    assert xo_proxy("tasks", "--url", stub.url, "cancel", "t1")[0] == 0
+    assert [asked["method"] for _, asked in stub.asked] == ["task.cancel"] * 2
+
+
+def test_parameters_of_every_form() -> None:
+    words = ("a=text=more", "b:=[1]", 'c=json:{"d":null}', "e=")
+    expected = {"z": 1, "a": "text=more", "b": [1], "c": {"d": None}, "e": ""}
+    assert parse_params(words, '{"z": 1, "a": 2}') == expected
+
+
+def test_parameters_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"a": 1}'))
+    assert parse_params((), "-") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"), [(("a",), None), (("=b",), None), (("a:=x",), None), ((), "[1]")]
+)
+def test_other_parameters_are_usage_errors(words: tuple[str, ...], whole: str | None) -> None:
+    with pytest.raises(click.UsageError):
+        parse_params(words, whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFound("gone"), 1),
+        (Unreachable("away"), 3),
+        (Unauthorized("no"), 4),
+        (ConfigError([Problem(None, ("a",), "wrong")]), 5),
+        (ExceptionGroup("", [ExceptionGroup("", [Unreachable("away")])]), 3),
+    ],
+)
+def test_errors_of_the_rooms_have_exit_codes(error: Exception, code: int) -> None:
+    failure = failure_of(error)
+    assert failure is not None
+    assert failure.exit_code == code
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    assert failure_of(ExceptionGroup("", [NotFound("gone"), KeyError("bug")])) is None

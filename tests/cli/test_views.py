@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from proxy.cli.following import follow_tasks, transfers
+from proxy.cli.tasks import outline, table
+from proxy.cli.views import TaskView
+
+RUN: dict[str, Any] = {
+    "id": "r1",
+    "start": 1_000,
+    "end": 63_000,
+    "status": "canceled",
+    "data": {"name": "backup run", "jobName": "nightly [x]", "error": {"message": "by request"}},
+    "tasks": [
+        {
+            "id": "v1",
+            "start": 1_000,
+            "end": 2_500,
+            "status": "success",
+            "data": {"name": "backup VM", "id": "uuid", "name_label": "web"},
+            "tasks": [
+                {
+                    "id": "t1",
+                    "start": 1_000,
+                    "status": "pending",
+                    "data": {
+                        "name": "transfer",
+                        "progress": 40,
+                        "transfer": {"done": 4, "total": 10, "rate": 2, "eta": 3},
+                        "warnings": [{"message": "slow"}],
+                    },
+                }
+            ],
+        }
+    ],
+}
+
+
+def test_a_task_is_outlined_with_its_children() -> None:
+    assert outline(TaskView.read(RUN)) == [
+        "backup run nightly [x]: canceled 1:02 (by request)",
+        "  backup VM web: success 1.5 s",
+        "    transfer: pending",
+        "      warning: slow",
+    ]
+
+
+def test_names_are_no_markup() -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(table([TaskView.read(RUN)]))
+    assert "nightly [x]" in out.getvalue()
+
+
+def test_transfers_are_found_with_the_vm_that_they_belong_to() -> None:
+    found = [(task.id, title) for task, title in transfers(TaskView.read(RUN))]
+    assert found == [("t1", "web transfer")]
+
+
+class Pages:
+    """Stands for the client: answers ``event.from`` page after page."""
+
+    def __init__(self, *pages: list[Any]) -> None:
+        self.pages = list(pages)
+        self.tokens: list[str] = []
+
+    def scalar(self, method: str, params: dict[str, Any]) -> Any:
+        assert method == "event.from"
+        self.tokens.append(params["token"])
+        events = [{"operation": "mod", "snapshot": task} for task in self.pages.pop(0)]
+        return {"events": events, "token": f"after-{len(self.tokens)}"}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_following_shows_runs_from_now_on(terminal: bool) -> None:
+    pending = {**RUN, "status": "pending"}
+    old = {**RUN, "id": "old"}
+    pages = Pages([old], [pending], [pending], [RUN])
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=terminal)
+    follow_tasks(pages, console, until=lambda task: task.status == "canceled")  # type: ignore[arg-type]
+    assert pages.tokens == ["", "after-1", "after-2", "after-3"]
+    assert "old" not in out.getvalue()
+    assert "r1  backup run nightly [x]: pending" in out.getvalue()
+    assert "(by request)" in out.getvalue()
+    assert ("40 %" in out.getvalue()) is terminal
