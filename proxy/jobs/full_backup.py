@@ -19,12 +19,13 @@ from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, write_full
 from proxy.jobs.undo import undo_step
 from proxy.repository import clean_vm, date_name
 from proxy.runtime.buffers import BufferPool
+from proxy.runtime.deadlines import undo_within
 from proxy.xapi import ownership, vms
 from proxy.xapi.migration import block_migration
 from proxy.xapi.snapshots import NO_BACKUP, take_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from proxy.jobs.copying import Consumer
     from proxy.jobs.rate_limit import RateLimit
@@ -78,30 +79,32 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget])
     Raises when the VM has no backup from this attempt at all.  After a failure or a cancel
     the pool is as before: no new snapshot, migration allowed, the VM running if it ran.
     """
-    xapi, vm_ref = backup.xapi, backup.vm_ref
-    failed: list[str] = []
     try:
-        async with block_migration(xapi, vm_ref):
-            await ownership.reset_keys(xapi, vm_ref)
+        async with block_migration(backup.xapi, backup.vm_ref):
+            await ownership.reset_keys(backup.xapi, backup.vm_ref)
             await _prune(backup, include_unfinished=True)
-            async with restarted(task, backup, needed=_shuts_down(backup)) as start_now:
-                if _shuts_down(backup):
+            off = _shuts_down(backup)
+            async with restarted(task, backup, needed=off) as start_now:
+                if off:
                     await shut_down(backup)
-                if not _needs_snapshot(backup, await vms.disks(xapi, backup.vm)):
-                    if targets:
-                        failed = await _export(task, backup, vm_ref, backup.vm, targets)
-                else:
-                    async with _snapshot(task, backup) as snapshot_ref:
-                        if backup.settings.offline_snapshot:
-                            await start_now()
-                        if targets:
-                            record = await xapi.record("VM", snapshot_ref)
-                            failed = await _export(task, backup, snapshot_ref, record, targets)
-            await _prune(backup)
+                return await _snapshot_and_export(task, backup, targets, start_now)
     finally:
         if not task.cancel_requested:
             await _clean(task, backup, targets)
-    return failed
+
+
+async def _snapshot_and_export(
+    task: Task,
+    backup: VmBackup,
+    targets: Sequence[RemoteTarget],
+    start_now: Callable[[], Awaitable[None]],
+) -> list[str]:
+    if not _needs_snapshot(backup, await vms.disks(backup.xapi, backup.vm)):
+        return await _export(task, backup, backup.vm_ref, backup.vm, targets)
+    async with _snapshot(task, backup) as ref:
+        if backup.settings.offline_snapshot:
+            await start_now()
+        return await _export(task, backup, ref, await backup.xapi.record("VM", ref), targets)
 
 
 def _shuts_down(backup: VmBackup) -> bool:
@@ -127,7 +130,10 @@ def _needs_snapshot(
 
 @contextlib.asynccontextmanager
 async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
-    """A snapshot with all its keys for the block; destroyed when the block fails."""
+    """A snapshot with all its keys for the block.
+
+    When the block fails it is destroyed, otherwise retention decides, also on a cancel.
+    """
     xapi = backup.xapi
     marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
     async with contextlib.AsyncExitStack() as stack:
@@ -158,6 +164,8 @@ async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
             await xapi.call("VM.set_name_label", ref, backup.snapshot_name)
             child.result = await xapi.call("VM.get_uuid", ref)
         yield ref
+    with undo_within("pruning the snapshots", _DESTROY_SECONDS):
+        await _prune(backup)
 
 
 @contextlib.asynccontextmanager
@@ -207,6 +215,8 @@ async def _export(
 
     Raises when all failed, with the source's error if it was that.
     """
+    if not targets:
+        return []
     xapi = backup.xapi
     compression = cast("Literal['none', 'native', 'zstd']", backup.job.compression)
     estimate = await _estimate(xapi, exported)

@@ -18,6 +18,9 @@ _log = structlog.get_logger("services")
 
 R = TypeVar("R")
 
+_LAST_USES = 120.0
+"""Seconds that a cancelled resource is kept open for the undo of its users."""
+
 
 class _Entry(Generic[R]):
     """One open thing; a task of its own holds it open, so that no user's cancel cuts it."""
@@ -25,6 +28,7 @@ class _Entry(Generic[R]):
     def __init__(self) -> None:
         self.users = 0
         self.changed = trio.Event()
+        self.opening = trio.CancelScope()
         self.opened = trio.Event()
         self.resource: R | None = None
         self.error: Exception | None = None
@@ -32,6 +36,13 @@ class _Entry(Generic[R]):
     def notify(self) -> None:
         self.changed.set()
         self.changed = trio.Event()
+
+
+async def _last_uses(entry: _Entry[R]) -> None:
+    """When everything is cancelled at once, users that undo something still need it."""
+    with trio.CancelScope(shield=True), trio.move_on_after(_LAST_USES):
+        while entry.users > 0:
+            await entry.changed.wait()
 
 
 class Shared(Generic[R]):
@@ -53,7 +64,7 @@ class Shared(Generic[R]):
     ) -> AsyncIterator[R]:
         """The resource for ``key``, opened when nobody has it open; raises what opening raises.
 
-        A cancel while it opens lets it open (or fail) behind the caller.
+        When the last user is cancelled while it opens, the opening is cancelled too.
         """
         entry = self._entries.get(key)
         if entry is None:
@@ -69,15 +80,23 @@ class Shared(Generic[R]):
         finally:
             entry.users -= 1
             entry.notify()
+            if entry.users == 0 and not entry.opened.is_set():
+                self._forget(key, entry)
+                entry.opening.cancel("nobody waits for it")
 
     async def _keep(
         self, key: str, entry: _Entry[R], opener: Callable[[], AbstractAsyncContextManager[R]]
     ) -> None:
         try:
-            async with opener() as resource:
-                entry.resource = resource
-                entry.opened.set()
-                await self._until_unused(key, entry)
+            async with contextlib.AsyncExitStack() as stack:
+                with entry.opening:
+                    entry.resource = await stack.enter_async_context(opener())
+                if entry.resource is not None:
+                    entry.opened.set()
+                    try:
+                        await self._until_unused(key, entry)
+                    finally:
+                        await _last_uses(entry)
         except Exception as error:  # noqa: BLE001  the users of the entry get it
             if entry.opened.is_set():
                 _log.warning("a shared connection broke", error=str(error))

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -15,6 +16,8 @@ from proxy.config import Config
 from proxy.config.schema import RemotesConfig
 from proxy.config.values import Seconds
 from proxy.jobs import BackupRequest, RestoreRequest, Services, open_services
+from proxy.remotes.factory import RemoteOptions, opened_remote
+from proxy.remotes.faults import Faults
 from proxy.simulator import SimulatedPool, serve
 from proxy.tasks import Task, open_tasks
 
@@ -83,6 +86,32 @@ class House:
             },
         )
 
+    @asynccontextmanager
+    async def faulty(self, remote: str = "remote1") -> AsyncIterator[Faults]:
+        """The remote that runs will use meanwhile, with faults on command."""
+        async with self.services.remote(self.remote_spec(remote)) as opened:
+            assert isinstance(opened, Faults)
+            yield opened
+
+    async def clean(self) -> None:
+        """Assert that neither the pool nor a remote holds anything but backups."""
+        with trio.move_on_after(5):
+            while self.pool.leftovers(connections=True):
+                await trio.sleep(0.01)
+        assert self.pool.leftovers(connections=True) == {}
+        for remote in self.remotes:
+            base = self.folder(remote) / "xo-vm-backups"
+            locks = [path.name for path in base.glob("*.lock")] + [
+                path.name for path in base.glob(".*")
+            ]
+            assert locks == []
+            names = self.files(remote)
+            stems = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+            wanted = {
+                f"{stem}{end}" for stem in stems for end in (".json", ".xva", ".xva.checksum")
+            }
+            assert set(names) == wanted
+
     async def run(self, request: BackupRequest) -> Outcome:
         return await self.outcome(self.services.start_backup(request))
 
@@ -112,9 +141,7 @@ class House:
         )
 
     def backups(self, remote: str = "remote1") -> list[str]:
-        return [
-            f"/xo-vm-backups/{name}" for name in self.files(remote) if name.endswith(".json")
-        ]
+        return [f"/xo-vm-backups/{name}" for name in self.files(remote) if name.endswith(".json")]
 
 
 @dataclass
@@ -155,6 +182,14 @@ class Outcome:
 
 
 @asynccontextmanager
+async def _faulty_remote(
+    spec: Mapping[str, Any], *, options: RemoteOptions
+) -> AsyncIterator[Faults]:
+    async with opened_remote(spec, options=options) as remote:
+        yield Faults(remote)
+
+
+@asynccontextmanager
 async def open_house(
     pool: SimulatedPool, root: Path, *, tls: bool = False, config: Config | None = None
 ) -> AsyncIterator[House]:
@@ -162,12 +197,14 @@ async def open_house(
         remotes=RemotesConfig(disable_file_remotes=False), resource_cache_delay=Seconds(0)
     )
     async with trio.open_nursery() as nursery:
+        patch = mock.patch("proxy.jobs.services.opened_remote", _faulty_remote)
         await nursery.start(partial(serve, pool, tls=tls))
         async with (
             open_tasks(str(root / "tasks.db"), nursery) as tasks,
             open_services(lambda: chosen, tasks, nursery) as services,
         ):
-            yield House(pool, services, root)
+            with patch:
+                yield House(pool, services, root)
             services.cancel_all("the test is over")
             with trio.move_on_after(10):
                 await services.wait_idle()
