@@ -143,7 +143,9 @@ class FakeHost:
             return await value(*args) if callable(value) else value
         return await self.default(method, args, session)
 
-    async def default(self, method: str, args: list[Any], session: str) -> Any:
+    async def default(  # noqa: PLR0911 - one answer a method
+        self, method: str, args: list[Any], session: str
+    ) -> Any:
         match method:
             case "session.logout":
                 self.sessions.discard(session)
@@ -178,9 +180,7 @@ class FakeHost:
             with trio.move_on_after(seconds):
                 await self.changed.wait()
         record = self.tasks.get(ref)
-        events = [
-            {"class": cls, "operation": "mod", "ref": ref, "snapshot": record}
-        ]
+        events = [{"class": cls, "operation": "mod", "ref": ref, "snapshot": record}]
         return {"token": "1,1", "events": events if record else []}
 
 
@@ -226,7 +226,7 @@ async def cancel_at(gate: Gate, function: Callable[[], Awaitable[object]]) -> No
 async def clean(pool: SimulatedPool) -> None:
     """The pool has no leftovers, at the latest a moment from now."""
     with trio.move_on_after(2):
-        while pool.leftovers():
+        while pool.leftovers():  # noqa: ASYNC110 - the pool tells nobody
             await trio.sleep(0.01)
     assert pool.leftovers() == {}
 

@@ -31,7 +31,8 @@ def test_the_url_grammar_of_xo(url: str, address: Address) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "ftp://host", "https://", "host?x=1", "host#f", "https://a b", "https://h:99999", "h\n"]
+    "url",
+    ["", "ftp://host", "https://", "host?x=1", "host#f", "https://a b", "https://h:99999", "h\n"],
 )
 def test_a_broken_url_is_refused(url: str) -> None:
     with pytest.raises(InvalidParams):

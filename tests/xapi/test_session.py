@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from proxy.errors import ProxyError, Unauthorized, Unreachable, XapiError
+from proxy.runtime.transport import client_context
 from proxy.simulator import SimulatedPool, serve
 from proxy.simulator.pool import PASSWORD
 from proxy.xapi import XapiOptions, connect, session
@@ -159,7 +160,7 @@ async def test_weakness_2_a_master_that_becomes_a_slave_is_followed_mid_session(
             address = xapi.session.address
             moved = replace(address, port=new.port)
             try:
-                type(address).at = lambda *_: moved  # type: ignore[method-assign,assignment]
+                type(address).at = lambda *_: moved  # type: ignore[method-assign]
                 assert (await xapi.record("VM", "OpaqueRef:1"))["uuid"] == "on the new master"
             finally:
                 type(address).at = at  # type: ignore[method-assign]
@@ -174,7 +175,7 @@ async def test_hosts_that_name_each_other_end_in_an_error(
 
     async def no_sleep(_: float) -> None: ...
 
-    monkeypatch.setattr(session.trio, "sleep", no_sleep)
+    monkeypatch.setattr("proxy.xapi.session.trio.sleep", no_sleep)
     host.results["session.login_with_password"] = login
     assert (await failed(options)).code == "HOST_IS_SLAVE"
 
@@ -278,16 +279,18 @@ async def test_weakness_3_a_timed_out_call_ends_its_request(
         assert all(connection.is_idle() for connection in pool._pool.connections)
 
 
-async def test_json_rpc_1_errors_of_older_hosts(host: FakeHost, options: XapiOptions) -> None:
+async def test_json_rpc_1_errors_of_older_hosts(
+    host: FakeHost, options: XapiOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with connect(options) as xapi:
 
         async def old(_: Any) -> Any:
             return {"result": None, "error": ["HANDLE_INVALID", "VM", "OpaqueRef:1"], "id": 0}
 
-        host.answer = old  # type: ignore[method-assign]
+        monkeypatch.setattr(host, "answer", old)
         with pytest.raises(XapiError) as caught:
             await xapi.record("VM", "OpaqueRef:1")
-        del host.answer  # type: ignore[method-assign]
+        monkeypatch.undo()
     assert caught.value.params == ["VM", "OpaqueRef:1"]
 
 
@@ -320,6 +323,6 @@ async def test_concurrency_is_bounded_but_waits_for_events_do_not_count(
 
 
 def test_tls_is_verified_unless_told_otherwise() -> None:
-    strict = session.client_context(allow_unauthorized=False)
+    strict = client_context(allow_unauthorized=False)
     assert strict.verify_mode == ssl.CERT_REQUIRED
     assert strict.check_hostname
