@@ -39,7 +39,7 @@ def tasks(client: Client, follow: bool, limit: int, status: str | None) -> None:
         return
     given: dict[str, Any] = {"limit": limit}
     if status is not None:
-        given["status"] = status
+        given["filter"] = {"status": status}
     with client.call("task.getAll", given) as reply:
         if not isinstance(reply, Stream):
             raise Failure("the daemon sent no list of tasks")

@@ -49,12 +49,12 @@ class Task:
         self._progress: Progress | None = None
         self._replaced = False
         self._encoded: bytes | None = None
+        run.register(self)  # first: a change of a run without root would reach nobody
         record: dict[str, Any] = {"properties": properties}
         if parent is not None:
             record["parentId"] = parent.id
             parent.children.append(self)
         self._emit({**record, "id": self.id, "timestamp": now, "type": "start"})
-        run.register(self)
 
     # -- what the work says ------------------------------------------------------------
 

@@ -147,7 +147,7 @@ async def test_there_is_no_support_tunnel(server: Server) -> None:
 
 
 async def sleeping(task: Task) -> None:
-    task.info("asleep")
+    assert task.pending
     await trio.sleep(30)
 
 
@@ -181,14 +181,20 @@ async def test_all_tasks_are_a_stream_newest_first(server: Server) -> None:
         await trio.sleep(0.01)
     _, *every = (await server.call("task.getAll")).lines()
     assert [task["id"] for task in every] == ids[::-1]
-    _, *some = (await server.call("task.getAll", {"limit": 1, "jobId": "a"})).lines()
+    _, *some = (await server.call("task.getAll", {"limit": 1, "filter": {"jobId": "a"}})).lines()
     assert [task["id"] for task in some] == [ids[2]]
 
 
 async def test_status_of_tasks_is_checked(server: Server) -> None:
-    error = await error_of(server, "task.getAll", {"status": "lost"})
-    assert error["code"] == 10
-    assert error["data"]["errors"][0]["keyword"] == "enum"
+    for wrong, path, keyword in (
+        ({"status": "lost"}, "/filter/status", "enum"),
+        ({"job": "a"}, "/filter", "additionalProperties"),
+        ({"since": "yesterday"}, "/filter/since", "type"),
+    ):
+        error = await error_of(server, "task.getAll", {"filter": wrong})
+        assert error["code"] == 10
+        (fault,) = error["data"]["errors"]
+        assert (fault["instancePath"], fault["keyword"]) == (path, keyword)
 
 
 async def test_events_go_on_from_a_token(server: Server) -> None:

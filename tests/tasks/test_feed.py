@@ -74,6 +74,17 @@ async def test_a_change_is_one_event_with_subtasks_nested(tasks: Tasks) -> None:
     assert [child["data"]["name"] for child in final["tasks"]] == ["backup VM"]
 
 
+async def test_a_new_task_is_seen_before_its_first_change(tasks: Tasks) -> None:
+    token = (await tasks.events("", 0)).token
+
+    async def silent(root: Task) -> None:
+        await trio.sleep(20)
+
+    root = tasks.start("backup run", {}, silent)
+    assert read(await tasks.events(token, 10)) == [("add", root.id, "pending")]
+    assert trio.current_time() < 1
+
+
 async def test_at_most_four_events_a_second_per_task(tasks: Tasks) -> None:
     async def busy(root: Task) -> None:
         for done in range(1000):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -36,14 +36,22 @@ class TaskId(Params):
     task_id: str
 
 
-class Filter(Params):
+_FILTER = {
+    "properties": {
+        "status": {
+            "type": "string",
+            "enum": ["canceled", "failure", "interrupted", "pending", "skipped", "success"],
+        },
+        "jobId": {"type": "string"},
+        "since": {"type": "integer", "description": "start in ms since the epoch"},
+    },
+    "additionalProperties": False,
+}
+
+
+class GetAll(Params):
     limit: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-    status: (
-        Literal["canceled", "failure", "interrupted", "pending", "skipped", "success"] | UnsetType
-    ) = UNSET
-    job_id: str | UnsetType = UNSET
-    since: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-    """Start time in ms since the epoch."""
+    filter: Annotated[dict[str, Any], Meta(extra_json_schema=_FILTER)] = {}
 
 
 @methods.method(
@@ -75,18 +83,14 @@ async def get(context: Context, params: TaskId) -> msgspec.Raw:
 
 @methods.method(
     "task.getAll",
-    Filter,
+    GetAll,
     description="returns tasks, newest first",
     result={**TASK, "x-stream": "ndjson"},
 )
-async def get_all(context: Context, params: Filter) -> AsyncIterator[msgspec.Raw]:
+async def get_all(context: Context, params: GetAll) -> AsyncIterator[msgspec.Raw]:
     return context.services.tasks.list(
-        limit=_given(params.limit),
-        status=_given(params.status),
-        job_id=_given(params.job_id),
-        since=_given(params.since),
+        limit=None if params.limit is UNSET else params.limit,
+        status=params.filter.get("status"),
+        job_id=params.filter.get("jobId"),
+        since=params.filter.get("since"),
     )
-
-
-def _given(value: Any) -> Any:
-    return None if value is UNSET else value
