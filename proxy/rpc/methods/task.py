@@ -51,7 +51,9 @@ _FILTER = {
 
 class GetAll(Params):
     limit: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-    filter: Annotated[dict[str, Any], Meta(extra_json_schema=_FILTER)] = {}
+    filter: Annotated[dict[str, Any], Meta(extra_json_schema=_FILTER)] = msgspec.field(
+        default_factory=dict
+    )
 
 
 @methods.method(
