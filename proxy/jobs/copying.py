@@ -224,7 +224,8 @@ class FanOut:
         for receiver in receivers:
             if not receiver.give(buffer):
                 buffer.release()
-                self._targets.remove(receiver)
+                if receiver in self._targets:  # not the check, which leaves with its own error
+                    self._targets.remove(receiver)
         buffer.release()
         if not self._targets:
             raise NoConsumers

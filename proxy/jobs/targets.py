@@ -59,13 +59,14 @@ async def write_full(
     Old entries are counted before the new one and removed after it, or before it with
     ``deleteFirst``.  Until the metadata is written a failure or a cancel leaves nothing.
     """
-    entries = await _same_kind(target, copy)
+    entries = await _of_schedule(target, copy)
+    same_mode = [backup for backup in entries if backup.mode == "full"]
     settings = target.settings
     long_term = settings.long_term_retention or None
     old: list[Backup] = []
     if not settings.skip_delete_old_entries:
         old = old_entries(
-            max(0, int(settings.export_retention) - 1), entries, long_term, settings.timezone
+            max(0, int(settings.export_retention) - 1), same_mode, long_term, settings.timezone
         )
     tags = period_tags(entries, copy.timestamp, long_term, settings.timezone)
     if settings.delete_first:
@@ -99,13 +100,10 @@ async def write_full(
     return backup
 
 
-async def _same_kind(target: RemoteTarget, copy: FullCopy) -> list[Backup]:
+async def _of_schedule(target: RemoteTarget, copy: FullCopy) -> list[Backup]:
+    """Of every mode: a period belongs to its first backup, whatever that is."""
     backups = await list_vm_backups(target.remote, copy.vm_uuid)
-    return [
-        backup
-        for backup in backups
-        if backup.mode == "full" and backup.schedule_id == copy.schedule_id
-    ]
+    return [backup for backup in backups if backup.schedule_id == copy.schedule_id]
 
 
 async def _delete(target: RemoteTarget, copy: FullCopy, old: list[Backup]) -> None:

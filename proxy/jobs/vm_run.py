@@ -131,7 +131,7 @@ class _VmRun:
     ) -> None:
         """Try, and try again at once for the targets that have no backup yet."""
         missing = self._targets_of(vm, settings)
-        tries = settings.n_retries_vm_backup_failures + 1
+        tries = max(0, settings.n_retries_vm_backup_failures) + 1
         backup = self._vm_backup(xapi, ref, vm, settings)
         refuse_vm(backup)
         for attempt in range(1, tries + 1):
