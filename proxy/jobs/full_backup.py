@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import trio
@@ -54,6 +54,8 @@ class VmBackup:
     vm_ref: str
     vm: dict[str, Any]
     settings: Settings
+    stored: set[str] = field(default_factory=set[str])
+    """Ids of the targets that have their backup, whatever happened afterwards."""
 
     @property
     def uuid(self) -> str:
@@ -80,17 +82,29 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget])
     the pool is as before: no new snapshot, migration allowed, the VM running if it ran.
     """
     try:
-        async with block_migration(backup.xapi, backup.vm_ref):
-            await ownership.reset_keys(backup.xapi, backup.vm_ref)
-            await _prune(backup, include_unfinished=True)
-            off = _shuts_down(backup)
-            async with restarted(task, backup, needed=off) as start_now:
-                if off:
-                    await shut_down(backup)
-                return await _snapshot_and_export(task, backup, targets, start_now)
-    finally:
+        failed = await _with_the_vm_kept(task, backup, targets)
+    except Exception:
+        # Not after a cancel or a time limit: then nothing more is begun.
         if not task.cancel_requested:
             await _clean(task, backup, targets)
+        raise
+    if not task.cancel_requested:
+        await _clean(task, backup, targets)
+    return failed
+
+
+async def _with_the_vm_kept(
+    task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]
+) -> list[str]:
+    """The part of an attempt during which the VM must not move."""
+    async with block_migration(backup.xapi, backup.vm_ref):
+        await ownership.reset_keys(backup.xapi, backup.vm_ref)
+        await _prune(backup, include_unfinished=True)
+        off = _shuts_down(backup)
+        async with restarted(task, backup, needed=off) as start_now:
+            if off:
+                await shut_down(backup)
+            return await _snapshot_and_export(task, backup, targets, start_now)
 
 
 async def _snapshot_and_export(
@@ -103,7 +117,9 @@ async def _snapshot_and_export(
         return await _export(task, backup, backup.vm_ref, backup.vm, targets)
     async with _snapshot(task, backup) as ref:
         if backup.settings.offline_snapshot:
-            await start_now()
+            # No reason to lose the backup: the start is tried again at the end, and then told.
+            with contextlib.suppress(ProxyError):
+                await start_now()
         return await _export(task, backup, ref, await backup.xapi.record("VM", ref), targets)
 
 
@@ -161,6 +177,7 @@ async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
                     ownership.PROXY: None,
                 },
             )
+            await ownership.set_content_keys(xapi, ref)
             await xapi.call("VM.set_name_label", ref, backup.snapshot_name)
             child.result = await xapi.call("VM.get_uuid", ref)
         yield ref
@@ -233,6 +250,7 @@ async def _export(
             vm=backup.vm,
             exported=exported,
             estimate=estimate,
+            stored=backup.stored,
             digest=check.digest,
             bottleneck=fan_out.bottleneck,
         )
@@ -248,7 +266,7 @@ async def _export(
     if broken is not None:
         raise broken
     if len(errors) < len(targets):
-        return list(errors)
+        return [target_id for target_id in errors if target_id not in backup.stored]
     if len(targets) == 1:
         raise next(iter(errors.values()))
     if all(isinstance(error, Canceled) for error in errors.values()):

@@ -46,6 +46,8 @@ class FullCopy:
     vm: Mapping[str, Any]
     exported: Mapping[str, Any]
     estimate: int | None
+    stored: set[str]
+    """Receives the id of each target that has its backup, even if its task fails later."""
     digest: Callable[[], bytes]
     """MD5 of the whole stream, once it has ended."""
     bottleneck: Callable[[], str]
@@ -95,6 +97,7 @@ async def write_full(
             },
             copy.digest(),
         )
+    copy.stored.add(target.id)
     if not settings.delete_first:
         await _delete(target, copy, old)
     return backup

@@ -72,7 +72,8 @@ class _VmRun:
         self._remotes = remotes
         settings = job.settings.run
         self._rate = RateLimit(settings.max_export_rate)
-        self._slots = trio.Semaphore(int(settings.concurrency) or max(1, len(job.vms)))
+        at_once = int(settings.concurrency)
+        self._slots = trio.Semaphore(at_once if at_once > 0 else max(1, len(job.vms)))
         self._ends_at = (
             trio.current_time() + settings.timeout / 1000 if settings.timeout else float("inf")
         )
@@ -107,7 +108,7 @@ class _VmRun:
                 xapi = await stack.enter_async_context(self._services.xapi(xapi_spec))
                 ref = await xapi.by_uuid("VM", vm_uuid)
                 vm = await xapi.record("VM", ref)
-            except ProxyError as error:
+            except Exception as error:  # noqa: BLE001  a VM without task would pass for a success
                 await _failed(self._vm_task(vm_uuid, None), error)
                 return
             async with self._vm_task(vm_uuid, vm["name_label"]) as task:
@@ -141,10 +142,11 @@ class _VmRun:
             except Canceled:
                 raise
             except Exception as caught:  # noqa: BLE001  raised below when no attempt is left
-                failed, error = list(missing), caught
+                failed, error = [one for one in missing if one not in backup.stored], caught
             if error is None and not failed:
                 return
-            last = attempt == tries or task.cancel_requested
+            done = bool(missing) and not failed  # and the trouble came afterwards
+            last = done or attempt == tries or task.cancel_requested
             if last:
                 if error is not None:
                     raise error
@@ -227,7 +229,7 @@ class _VmRun:
             yield targets
 
 
-async def _failed(task: AbstractAsyncContextManager[Task], error: ProxyError) -> None:
+async def _failed(task: AbstractAsyncContextManager[Task], error: Exception) -> None:
     """A task that only says that something could not be begun."""
     with contextlib.suppress(type(error)):
         async with task:

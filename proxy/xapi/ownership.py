@@ -67,6 +67,20 @@ async def set_keys(xapi: Xapi, vm_ref: str, keys: Mapping[str, str | None]) -> N
     await _write(xapi, "VM", vm_ref, vm, keys)
 
 
+async def set_content_keys(xapi: Xapi, vm_ref: str) -> None:
+    """Write on each disk of a snapshot that its content is its own (:data:`CONTENT_KEY`).
+
+    Replicas carry the same key: Xen Orchestra finds by it which of them equals the disk.
+    """
+    vm = await xapi.record("VM", vm_ref)
+
+    async def write(disk: tuple[dict[str, Any], str, dict[str, Any]]) -> None:
+        _, ref, vdi = disk
+        await _write(xapi, "VDI", ref, vdi, {CONTENT_KEY: str(vdi["uuid"])})
+
+    await together(write, await disks(xapi, vm))
+
+
 async def reset_keys(xapi: Xapi, vm_ref: str) -> None:
     """Remove :data:`RESET_KEYS` from a VM and each of its disks, where they are present."""
     await set_keys(xapi, vm_ref, dict.fromkeys(RESET_KEYS))
