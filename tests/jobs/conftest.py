@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,13 @@ from proxy.tasks import Task, open_tasks
 
 JOB = "11111111-1111-4111-8111-111111111111"
 SCHEDULE = "22222222-2222-4222-8222-222222222222"
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that another task or a thread does."""
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110  what is watched has no event
+            await trio.sleep(0.005)
 
 
 @dataclass
