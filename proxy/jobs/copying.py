@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from proxy.errors import ProxyError
+from proxy.errors import Corrupt, ProxyError, XapiError
 from proxy.runtime.buffers import Buffer
 from proxy.runtime.threads import Work, in_thread
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from proxy.formats.xva_check import Validator
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
+
+
+_EXPLAIN_SECONDS = 10.0
 
 
 class Source(Protocol):
@@ -152,12 +155,26 @@ class FanOut:
             await self._read_and_check()
             await self._source.finish()
             failure = None
+        except Corrupt as error:
+            failure = reason = await self._explained(error)
+            raise reason from (None if reason is error else error)
         except Exception as error:
             failure = error
             raise
         finally:
             for target in self._targets:
                 target.end(failure)
+
+    async def _explained(self, error: Corrupt) -> ProxyError:
+        """Why a stream that was read to its end is not whole, if its source tells soon."""
+        with trio.move_on_after(_EXPLAIN_SECONDS):
+            try:
+                await self._source.finish()
+            except XapiError as reason:
+                return reason
+            except ProxyError:
+                pass
+        return error
 
     async def _read_and_check(self) -> None:
         failures: list[Exception] = []

@@ -114,6 +114,8 @@ class Connection:
         self._socket: socket.socket | None = sock
         self._secure = isinstance(sock, ssl.SSLSocket)
         self._lossy = False
+        self._failure: OSError | None = None
+        """Met behind bytes that were delivered first; a socket tells it only once."""
 
     @property
     def closed(self) -> bool:
@@ -133,7 +135,9 @@ class Connection:
         sock = self._sock
         try:
             while True:
-                moved, wanted = await in_thread(Work.NETWORK, _fill, sock, view)
+                if self._failure is not None:
+                    raise self._failure
+                moved, wanted, self._failure = await in_thread(Work.NETWORK, _fill, sock, view)
                 if wanted is None or moved:
                     return moved
                 await _ready(sock, wanted)
@@ -143,7 +147,9 @@ class Connection:
     async def receive_now(self, view: memoryview) -> int | None:
         """What is there without waiting: a count, 0 at the end, ``None`` when nothing is."""
         try:
-            moved, wanted = _fill(self._sock, view, 0)
+            if self._failure is not None:
+                raise self._failure
+            moved, wanted, self._failure = _fill(self._sock, view, 0)
         except OSError as error:
             raise self._broken(error) from error
         await trio.lowlevel.checkpoint()
@@ -214,8 +220,11 @@ class Connection:
 
 def _fill(
     sock: socket.socket, view: memoryview, patience: float = PATIENCE
-) -> tuple[int, int | None]:
-    """Move bytes from ``sock``; returns the count and what to wait for (``None``: nothing)."""
+) -> tuple[int, int | None, OSError | None]:
+    """Move bytes from ``sock``.
+
+    Returns the count, what to wait for (``None``: nothing) and the error behind the bytes.
+    """
     moved = 0
     until = 0.0
     while moved < len(view):
@@ -225,21 +234,21 @@ def _fill(
             wanted = select.POLLIN
         except ssl.SSLWantWriteError:
             wanted = select.POLLOUT
-        except (OSError, ssl.SSLError):
+        except OSError as error:
             if moved:
-                return moved, None  # the error is met again by the next call
+                return moved, None, error  # the next call would see an end and no error
             raise
         else:
             if count == 0:
-                return moved, None
+                return moved, None, None
             moved += count
             continue
         if moved == 0 or moved >= ENOUGH or patience <= 0:
-            return moved, wanted
+            return moved, wanted, None
         until = until or time.monotonic() + patience
         if not _poll(sock, wanted, until):
-            return moved, wanted
-    return moved, None
+            return moved, wanted, None
+    return moved, None, None
 
 
 def _drain(sock: socket.socket, data: memoryview) -> tuple[int, int | None]:
