@@ -64,6 +64,7 @@ class House:
         remotes: tuple[str, ...] = ("remote1",),
         settings: dict[str, Any] | None = None,
         mode: str = "full",
+        xapi: dict[str, Any] | None = None,
         **job: Any,
     ) -> BackupRequest:
         """A job over the pool's VMs; ``settings`` are the schedule's."""
@@ -83,7 +84,7 @@ class House:
             },
             schedule={"id": SCHEDULE, "name": "lab schedule"},
             remotes={name: self.remote_spec(name) for name in remotes},
-            xapis={"xapi1": self.xapi_spec},
+            xapis={"xapi1": {**self.xapi_spec, **(xapi or {})}},
             record_to_xapi=dict.fromkeys(uuids, "xapi1"),
             job_data={
                 "jobId": JOB,
@@ -198,14 +199,19 @@ async def _faulty_remote(
 
 @asynccontextmanager
 async def open_house(
-    pool: SimulatedPool, root: Path, *, tls: bool = False, config: Config | None = None
+    pool: SimulatedPool,
+    root: Path,
+    *,
+    tls: bool = False,
+    slave_host: str | None = None,
+    config: Config | None = None,
 ) -> AsyncIterator[House]:
     chosen = config or Config(
         remotes=RemotesConfig(disable_file_remotes=False), resource_cache_delay=Seconds(0)
     )
     async with trio.open_nursery() as nursery:
         patch = mock.patch("proxy.jobs.services.opened_remote", _faulty_remote)
-        await nursery.start(partial(serve, pool, tls=tls))
+        await nursery.start(partial(serve, pool, tls=tls, slave_host=slave_host))
         async with (
             open_tasks(str(root / "tasks.db"), nursery) as tasks,
             open_services(lambda: chosen, tasks, nursery) as services,

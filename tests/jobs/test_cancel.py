@@ -86,9 +86,8 @@ STAGES: dict[str, Block] = {
 
 
 async def cancel_and_wait(house: House, task: Task) -> Outcome:
-    asked = trio.current_time()
     await house.services.tasks.cancel(task.id)
-    assert trio.current_time() - asked < 0.2, "task.cancel answers at once"
+    assert task.pending, "task.cancel answers at once: it waits for nothing of the run"
     with trio.fail_after(2):  # data stops moving
         while house.pool.transfers:
             await trio.sleep(0.005)
@@ -120,16 +119,16 @@ async def test_cancelled_at(house: House, stage: str) -> None:
 
 @pytest.mark.parametrize(
     "gate",
-    [("write_file", "*.json", True, 0), ("write_file", "*/cache.json.gz", False, 1)],
+    [("write_file", "*.json", True), ("write_file", "*/cache.json.gz", False)],
     ids=["the metadata is written", "the listing cache"],
 )
 async def test_a_cancel_after_the_metadata_keeps_the_backup(
-    house: House, gate: tuple[str, str, bool, int]
+    house: House, gate: tuple[str, str, bool]
 ) -> None:
     """From its metadata on it is a backup: undoing it would lose data that somebody may see."""
-    verb, path, after, skip = gate
+    verb, path, after = gate
     async with house.faulty() as faults:
-        stand = faults.add(verb, RemoteGate(after=after), path=path, skip=skip)
+        stand = faults.add(verb, RemoteGate(after=after), path=path)
         task = house.services.start_backup(house.request())
         await stand.reached.wait()
         await house.services.tasks.cancel(task.id)

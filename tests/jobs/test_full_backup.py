@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -316,7 +317,7 @@ async def test_an_unknown_vm_fails_its_task_and_not_the_others(house: House) -> 
 
 async def test_a_vm_without_pool_is_told(house: House) -> None:
     request = house.request()
-    request = type(request)(**{**fields_of(request), "record_to_xapi": {}})
+    request = replace(request, record_to_xapi={})
     outcome = await house.run(request)
     uuid = house.pool.vm_uuid("vm1")
     assert outcome.error("backup VM")["message"] == f"no XAPI associated to {uuid}"
@@ -327,7 +328,7 @@ async def test_a_vm_without_pool_is_told(house: House) -> None:
 )
 async def test_a_pool_described_wrongly_is_a_failed_vm(house: House, xapi: dict[str, Any]) -> None:
     request = house.request()
-    request = type(request)(**{**fields_of(request), "xapis": {"xapi1": xapi}})
+    request = replace(request, xapis={"xapi1": xapi})
     outcome = await house.run(request)
     assert [vm["status"] for vm in outcome.of("backup VM")] == ["failure"]
 
@@ -342,10 +343,6 @@ async def test_whatever_goes_wrong_before_a_vm_has_its_task_is_told(
     outcome = await house.run(house.request())
     assert [vm["status"] for vm in outcome.of("backup VM")] == ["failure"]
     assert outcome.status == "failure"
-
-
-def fields_of(request: Any) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in request.__slots__}
 
 
 async def test_an_unhealthy_chain_is_skipped(house: House) -> None:
@@ -500,7 +497,7 @@ async def test_each_schedule_keeps_its_own_and_others_are_never_touched(house: H
         OTHER: {"snapshotRetention": 2},
     }
     request = house.request(remotes=(), settings={})
-    await house.run(type(request)(**{**fields_of(request), "job": {**request.job, "id": OTHER}}))
+    await house.run(replace(request, job={**request.job, "id": OTHER}))
     foreign = [
         ref
         for ref in house.pool.snapshots()
@@ -508,12 +505,12 @@ async def test_each_schedule_keeps_its_own_and_others_are_never_touched(house: H
     ]
     assert foreign == []  # no retention: nothing to do
     another = {**request.job, "id": OTHER, "settings": levels}
-    await house.run(type(request)(**{**fields_of(request), "job": another}))
+    await house.run(replace(request, job=another))
     (foreign_ref,) = set(house.pool.snapshots()) - {users}
     for schedule in (SCHEDULE, OTHER, OTHER, SCHEDULE, OTHER):
         job = {**request.job, "settings": levels}
-        fields = {**fields_of(request), "job": job, "schedule": {"id": schedule}}
-        assert (await house.run(type(request)(**fields))).status == "success"
+        again = replace(request, job=job, schedule={"id": schedule})
+        assert (await house.run(again)).status == "success"
     assert {users, foreign_ref} <= set(house.pool.snapshots())
     ours = [house.pool.store.get("VM", r)["other_config"] for r in house.pool.snapshots()]
     schedules = [c["xo:backup:schedule"] for c in ours if c.get("xo:backup:job") == JOB]
@@ -524,7 +521,7 @@ async def test_upstream_weakness_7_the_jobs_own_snapshot_retention_counts(house:
     """Upstream forgets ``settings['']`` when it prunes, and keeps none."""
     request = house.request(remotes=())
     job = {**request.job, "settings": {"": {"snapshotRetention": 1}}}
-    await house.run(type(request)(**{**fields_of(request), "job": job}))
+    await house.run(replace(request, job=job))
     assert len(house.pool.snapshots()) == 1
 
 
@@ -582,12 +579,9 @@ async def test_each_schedule_has_its_own_window(house: House) -> None:
     request = house.request()
     settings = {SCHEDULE: {"exportRetention": 1}, OTHER: {"exportRetention": 1}}
     for schedule in (SCHEDULE, OTHER, SCHEDULE):
-        fields = {
-            **fields_of(request),
-            "job": {**request.job, "settings": settings},
-            "schedule": {"id": schedule},
-        }
-        assert (await house.run(type(request)(**fields))).status == "success"
+        job = {**request.job, "settings": settings}
+        again = replace(request, job=job, schedule={"id": schedule})
+        assert (await house.run(again)).status == "success"
     owners = [metadata(house, number=n)["scheduleId"] for n in range(len(house.backups()))]
     assert owners == [OTHER, SCHEDULE]
 
@@ -629,7 +623,7 @@ async def test_levels_schedule_then_vm_then_target(house: House) -> None:
         },
     }
     for _ in range(3):
-        outcome = await house.run(type(request)(**{**fields_of(request), "job": job}))
+        outcome = await house.run(replace(request, job=job))
         assert outcome.status == "success"
         assert len(outcome.of("export")) == 2
     kept = {name: len(house.backups(name)) for name in ("remote1", "remote2", "remote3")}
@@ -648,8 +642,7 @@ async def test_a_wrong_setting_of_one_vm_fails_that_vm(tmp_path: Path) -> None:
         uuids = [house.pool.vm_uuid(name) for name in ("vm1", "vm2")]
         request = house.request(vms=uuids)
         levels = {**request.job["settings"], uuids[0]: {"exportRetention": "many"}}
-        fields = {**fields_of(request), "job": {**request.job, "settings": levels}}
-        outcome = await house.run(type(request)(**fields))
+        outcome = await house.run(replace(request, job={**request.job, "settings": levels}))
         status = {vm["data"]["id"]: vm["status"] for vm in outcome.of("backup VM")}
         assert status == {uuids[0]: "failure", uuids[1]: "success"}
 
