@@ -190,7 +190,7 @@ async def _destroyed_on_failure(task: Task, xapi: Xapi, ref: str) -> AsyncIterat
     try:
         yield
     except BaseException:
-        async with undo_step(task, "destroy the new snapshot", _DESTROY_SECONDS):
+        async with undo_step("destroy the new snapshot", _DESTROY_SECONDS):
             await vms.destroy_vm(xapi, ref, bypass_blocked=True)
         raise
 

@@ -47,7 +47,7 @@ async def restarted(
         await xapi.update_map("VM", vm_ref, "other_config", marks)
         yield start_now
     finally:
-        async with undo_step(task, "start the VM again", _START_SECONDS):
+        async with undo_step("start the VM again", _START_SECONDS):
             if not finished and await _halted_soon(backup):
                 await vms.start(xapi, vm_ref)
             await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(marks))

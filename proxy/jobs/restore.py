@@ -67,7 +67,7 @@ async def _imported(task: Task, xapi: Xapi) -> AsyncIterator[list[str]]:
         yield made
     except BaseException:
         for ref in made:
-            async with undo_step(task, "destroy the half-restored VM", _DESTROY_SECONDS):
+            async with undo_step("destroy the half-restored VM", _DESTROY_SECONDS):
                 await vms.destroy_vm(xapi, ref, bypass_blocked=True)
         raise
 

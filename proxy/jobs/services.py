@@ -79,9 +79,9 @@ class Services:
         options = XapiOptions.from_record(
             spec,
             {
-                "httpInactivityTimeout": config.http_inactivity_timeout * 1000,
-                "callTimeout": config.call_timeout * 1000,
-                "maxUncoalescedVdis": config.max_uncoalesced_vdis,
+                "inactivity_timeout": config.http_inactivity_timeout,
+                "call_timeout": config.call_timeout,
+                "max_uncoalesced_vdis": config.max_uncoalesced_vdis,
             },
         )
         return self._xapis.use(_key(spec, options), lambda: connect(options))

@@ -28,7 +28,7 @@ class _Entry(Generic[R]):
     def __init__(self) -> None:
         self.users = 0
         self.changed = trio.Event()
-        self.opening = trio.CancelScope()
+        self.scope = trio.CancelScope()
         self.opened = trio.Event()
         self.resource: R | None = None
         self.error: Exception | None = None
@@ -82,16 +82,15 @@ class Shared(Generic[R]):
             entry.notify()
             if entry.users == 0 and not entry.opened.is_set():
                 self._forget(key, entry)
-                entry.opening.cancel("nobody waits for it")
+                entry.scope.cancel("nobody waits for it")
 
     async def _keep(
         self, key: str, entry: _Entry[R], opener: Callable[[], AbstractAsyncContextManager[R]]
     ) -> None:
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                with entry.opening:
-                    entry.resource = await stack.enter_async_context(opener())
-                if entry.resource is not None:
+            with entry.scope:
+                async with opener() as resource:
+                    entry.resource = resource
                     entry.opened.set()
                     try:
                         await self._until_unused(key, entry)

@@ -32,7 +32,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import trio
 
 from proxy.errors import Busy, ProxyError, Refused, Unreachable
@@ -40,6 +39,7 @@ from proxy.remotes import paths
 from proxy.remotes.new_file import rename_no_replace
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
+from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,8 +57,6 @@ _MTIME_TOLERANCE = 2.0
 _LONGEST_RECORD = 4096
 _RACES = 20
 """Rounds of 'taken' and then 'not there' before we give up."""
-
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ async def _release(lock: DirectoryLock) -> None:
             await in_thread(Work.LOCK, lock.release, abandon=True)
     except ProxyError as error:
         # the lock expires by itself, and what was done under it is done
-        _log.warning("lock not released", path=lock.path, error=error.message)
+        tell_trouble("lock not released", error, path=lock.path)
 
 
 class DirectoryLock:

@@ -227,7 +227,7 @@ async def refresh_cache(
         ordered = {path: entries[path] for path in paths if path in entries}
         if sum(map(_size, ordered.values())) > _LARGEST or len(ordered) < len(found.backups):
             _log.warning("too many backups for a listing cache", path=cache_path)
-        elif before is None or before != ordered:
+        elif before != ordered and (ordered or CACHE_NAME in names):
             await _write(remote, cache_path, ordered)
         return found
 

@@ -13,6 +13,7 @@ from proxy.repository.cache import refresh_cache
 from proxy.repository.metadata import LIMIT, Backup, decode_backup, encode_full
 from proxy.repository.paths import DATE_NAME, date_name, vm_directory
 from proxy.runtime.deadlines import undo_within
+from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -136,7 +137,7 @@ class FullBackupWriter:
                 await self._remove_data()
         except ProxyError as error:
             # What brought us here is the news; the clean finds what is left.
-            _log.warning("an unfinished backup is left", path=self._xva, error=error.message)
+            tell_trouble("an unfinished backup is left", error, path=self._xva)
 
     async def _remove_data(self) -> None:
         try:

@@ -11,6 +11,7 @@ import trio
 
 from proxy.errors import Canceled
 from proxy.runtime.secrets import scrub
+from proxy.runtime.trouble import listener
 from proxy.tasks.progress import Progress
 from proxy.tasks.records import RunLog, describe_error, new_id
 from proxy.tasks.status import SKIPPED_MESSAGES, Status, worst
@@ -118,12 +119,15 @@ class Task:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The block is this task's work.  Used by :meth:`child` and the owner of the root."""
+        token = listener.set(self.warning)
         try:
             with self._scope:
                 yield
         except BaseException as error:
             self._finish_with(error)
             raise
+        finally:
+            listener.reset(token)
         if self._scope.cancelled_caught:
             canceled = Canceled(self._cancel_reason)
             self._finish(Status.CANCELED, describe_error(canceled))

@@ -14,6 +14,7 @@ import structlog
 
 from proxy.errors import NoSuchObject, ProxyError, Unreachable, XapiError
 from proxy.runtime.deadlines import deadline, undo_within
+from proxy.runtime.trouble import tell_trouble
 from proxy.xapi import transfer
 from proxy.xapi.results import parse_result
 from proxy.xapi.session import Session, xapi_error
@@ -102,14 +103,14 @@ class Xapi:
         except XapiError:
             return  # the task failed or was cancelled: it has no effect to undo
         except ProxyError as error:
-            _log.warning("a XAPI task did not end", method=method, task=task.ref, error=str(error))
+            tell_trouble("a XAPI task did not end", error, method=method, task=task.ref)
             return
         if on_late_success is not None:
             try:
                 with undo_within(f"XAPI: undo {method}", self.options.call_timeout):
                     await on_late_success(result)
             except ProxyError as error:
-                _log.warning("could not undo a XAPI task", method=method, error=str(error))
+                tell_trouble("could not undo a XAPI task", error, method=method)
 
     async def cancel_task(self, task: HostTask) -> None:
         """Ask the host to cancel; a task that cannot be cancelled, or ended, is no error."""
@@ -290,7 +291,7 @@ class Xapi:
         except XapiError:
             return None
         except ProxyError as error:
-            _log.warning("a XAPI task did not end", task=task.ref, label=label, error=str(error))
+            tell_trouble("a XAPI task did not end", error, task=task.ref, label=label)
             return None
 
     async def _destroy_task(self, task: HostTask) -> None:
@@ -300,7 +301,7 @@ class Xapi:
         except XapiError:
             pass  # gone already
         except ProxyError as error:
-            _log.warning("could not destroy a XAPI task", task=task.ref, error=str(error))
+            tell_trouble("could not destroy a XAPI task", error, task=task.ref)
 
     def export_vm(
         self, vm_ref: str, *, compression: Literal["none", "native", "zstd"]

@@ -5,17 +5,15 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from proxy.errors import ProxyError, XapiError
 from proxy.runtime.deadlines import undo_within
+from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from proxy.xapi.client import Xapi
 
-_log = structlog.get_logger(__name__)
 
 REASON: Final = "VM migration is blocked during backup"
 OPERATIONS: Final = ("pool_migrate", "migrate_send")
@@ -46,7 +44,7 @@ async def block_migration(xapi: Xapi, vm_ref: str) -> AsyncIterator[None]:
                 await _restore(xapi, vm_ref, former)
         except ProxyError as error:
             if not (isinstance(error, XapiError) and error.code == "HANDLE_INVALID"):
-                _log.warning("could not unblock migration", vm=vm_ref, error=str(error))
+                tell_trouble("could not unblock migration", error, vm=vm_ref)
 
 
 async def _restore(xapi: Xapi, vm_ref: str, former: dict[str, str | None]) -> None:

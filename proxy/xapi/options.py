@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, unquote
 
-from proxy.errors import InvalidParams
+from proxy.errors import Refused
 from proxy.runtime import secrets
 from proxy.xapi.shapes import is_map
 
@@ -81,7 +81,7 @@ class XapiOptions:
         """Read XO's ``{url, credentials: {username, password}, allowUnauthorized, httpProxy}``.
 
         ``defaults`` holds this class's fields as the configuration names them; other names
-        are not looked at.  The password is remembered as a secret.  Raises ``InvalidParams``.
+        are not looked at.  The password is remembered as a secret.  Raises ``Refused`` (``EINVAL``).
         """
         given = record.get("credentials")
         credentials = given if is_map(given) else {}
@@ -89,15 +89,15 @@ class XapiOptions:
         username = credentials.get("username")
         password = credentials.get("password")
         if not isinstance(url, str):
-            raise InvalidParams([{"path": "/xapi/url", "message": "must be a string"}])
+            raise Refused("the pool has no url", code="EINVAL", data={"part": "url"})
         match = _URL.fullmatch(url)
         if match is None:
-            raise InvalidParams([{"path": "/xapi/url", "message": "must be a host's URL"}])
+            raise Refused("the pool's url is not the URL of a host", code="EINVAL", data={"part": "url"})
         if username is None and match["user"]:
             username = unquote(match["user"])
             password = unquote(match["password"] or "")
         if not isinstance(username, str) or not isinstance(password, str):
-            raise InvalidParams([{"path": "/xapi/credentials", "message": "missing credentials"}])
+            raise Refused("missing credentials", code="EINVAL", data={"part": "credentials"})
         secrets.remember(password)
         proxy = record.get("httpProxy") or defaults.get("http_proxy")
         if proxy:
@@ -120,7 +120,7 @@ class XapiOptions:
         """Where the pool's master is expected.  Raises ``InvalidParams`` on a broken URL."""
         match = _URL.fullmatch(self.url)
         if match is None or int(match["port"] or 1) not in range(1, 65536):
-            raise InvalidParams([{"path": "/xapi/url", "message": "must be a host's URL"}])
+            raise Refused("the pool's url is not the URL of a host", code="EINVAL", data={"part": "url"})
         scheme = (match["scheme"] or "https").lower()
         port = int(match["port"] or (443 if scheme == "https" else 80))
         path = quote(match["path"] or "/", safe="/%:@!$&'()*+,;=-._~")

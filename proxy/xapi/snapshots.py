@@ -13,6 +13,7 @@ import trio
 
 from proxy.errors import ProxyError, Refused, Unreachable, XapiError
 from proxy.runtime.deadlines import deadline, undo_within
+from proxy.runtime.trouble import tell_trouble
 from proxy.xapi import vms
 from proxy.xapi.together import together
 
@@ -167,7 +168,7 @@ async def _discard(xapi: Xapi, snapshot: str) -> None:
         with undo_within("snapshot: destroy", UNDO_SECONDS):
             await vms.destroy_vm(xapi, snapshot, bypass_blocked=True)
     except ProxyError as error:
-        _log.warning("could not destroy a snapshot", snapshot=snapshot, error=str(error))
+        tell_trouble("could not destroy a snapshot", error, snapshot=snapshot)
 
 
 async def _discard_lost(
@@ -190,7 +191,7 @@ async def _discard_lost(
             elif lost:
                 _log.warning("several unfinished snapshots: kept for the next run", vm=vm_ref)
     except ProxyError as error:
-        _log.warning("could not search for an unfinished snapshot", vm=vm_ref, error=str(error))
+        tell_trouble("could not search for an unfinished snapshot", error, vm=vm_ref)
 
 
 async def _is(xapi: Xapi, ref: str, name: str, marks: Mapping[str, str]) -> bool:
@@ -211,7 +212,7 @@ async def _marked(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> AsyncIte
             with undo_within("snapshot: remove the marks", UNDO_SECONDS):
                 await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(marks))
         except ProxyError as error:
-            _log.warning("could not remove the marks of a run", vm=vm_ref, error=str(error))
+            tell_trouble("could not remove the marks of a run", error, vm=vm_ref)
 
 
 @asynccontextmanager
@@ -239,11 +240,11 @@ async def _without_usb(xapi: Xapi, vm: Record) -> AsyncIterator[None]:
                             device.get("other_config") or {},
                         )
             except ProxyError as error:
-                _log.warning(
+                tell_trouble(
                     "could not give a USB device back to its VM",
+                    error,
                     vm=device["VM"],
                     usb_group=device["USB_group"],
-                    error=str(error),
                 )
 
 

@@ -12,13 +12,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import structlog
 import trio
 
 from proxy.errors import ProxyError, Refused, Unauthorized, Unreachable, XapiError
 from proxy.runtime import transport
 from proxy.runtime.deadlines import deadline, inactivity, undo_within
 from proxy.runtime.http1 import Answer, Body, read_answer, request_head
+from proxy.runtime.trouble import tell_trouble
 from proxy.xapi import vms
 from proxy.xapi.shapes import is_list
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from proxy.xapi.client import HostTask, Xapi
     from proxy.xapi.options import Address
 
-_log = structlog.get_logger(__name__)
 
 FIRST_BYTE_SECONDS: Final = 1800.0
 """A host may prepare an export that long (the limit that XO sets)."""
@@ -240,7 +239,7 @@ async def _undo_import(xapi: Xapi, task: HostTask) -> None:
             for ref in sorted(found):
                 await vms.destroy_vm(xapi, ref, bypass_blocked=True)
     except ProxyError as error:
-        _log.warning("could not undo a VM import", task=task.ref, error=str(error))
+        tell_trouble("could not undo a VM import", error, task=task.ref)
 
 
 async def _result_of(xapi: Xapi, task: HostTask) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import InvalidParams
+from proxy.errors import Refused
 from proxy.runtime import secrets
 from proxy.xapi import Address, XapiOptions
 
@@ -35,7 +35,7 @@ def test_the_url_grammar_of_xo(url: str, address: Address) -> None:
     ["", "ftp://host", "https://", "host?x=1", "host#f", "https://a b", "https://h:99999", "h\n"],
 )
 def test_a_broken_url_is_refused(url: str) -> None:
-    with pytest.raises(InvalidParams):
+    with pytest.raises(Refused):
         _ = options(url).address
 
 
@@ -60,9 +60,10 @@ def test_the_password_is_known_as_a_secret_and_not_shown() -> None:
 
 
 def test_missing_credentials_are_named() -> None:
-    with pytest.raises(InvalidParams) as caught:
+    with pytest.raises(Refused) as caught:
         XapiOptions.from_record({"url": "host"}, {})
-    assert caught.value.data["errors"][0]["message"] == "missing credentials"
+    assert caught.value.message == "missing credentials"
+    assert caught.value.rpc_code != 10, "on that number XO would repeat the run without its log"
 
 
 def test_defaults_come_from_the_configuration_and_the_record_wins() -> None:

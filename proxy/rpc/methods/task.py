@@ -51,9 +51,7 @@ _FILTER = {
 
 class GetAll(Params):
     limit: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-    filter: Annotated[dict[str, Any], Meta(extra_json_schema=_FILTER)] = msgspec.field(
-        default_factory=dict
-    )
+    filter: Annotated[dict[str, Any], Meta(extra_json_schema=_FILTER)] = {}  # noqa: RUF012  msgspec copies it
 
 
 @methods.method(
