@@ -24,6 +24,10 @@ _URL = re.compile(
 )
 
 
+def _no_host_url() -> Refused:
+    return Refused("the pool's url is not the URL of a host", code="EINVAL", data={"part": "url"})
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a host listens.  ``host`` is a name or an address, IPv6 without brackets."""
@@ -81,7 +85,8 @@ class XapiOptions:
         """Read XO's ``{url, credentials: {username, password}, allowUnauthorized, httpProxy}``.
 
         ``defaults`` holds this class's fields as the configuration names them; other names
-        are not looked at.  The password is remembered as a secret.  Raises ``Refused`` (``EINVAL``).
+        are not looked at.  The password is remembered as a secret.  Raises ``Refused``
+        (``EINVAL``).
         """
         given = record.get("credentials")
         credentials = given if is_map(given) else {}
@@ -92,7 +97,7 @@ class XapiOptions:
             raise Refused("the pool has no url", code="EINVAL", data={"part": "url"})
         match = _URL.fullmatch(url)
         if match is None:
-            raise Refused("the pool's url is not the URL of a host", code="EINVAL", data={"part": "url"})
+            raise _no_host_url()
         if username is None and match["user"]:
             username = unquote(match["user"])
             password = unquote(match["password"] or "")
@@ -120,7 +125,7 @@ class XapiOptions:
         """Where the pool's master is expected.  Raises ``InvalidParams`` on a broken URL."""
         match = _URL.fullmatch(self.url)
         if match is None or int(match["port"] or 1) not in range(1, 65536):
-            raise Refused("the pool's url is not the URL of a host", code="EINVAL", data={"part": "url"})
+            raise _no_host_url()
         scheme = (match["scheme"] or "https").lower()
         port = int(match["port"] or (443 if scheme == "https" else 80))
         path = quote(match["path"] or "/", safe="/%:@!$&'()*+,;=-._~")
