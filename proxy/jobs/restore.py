@@ -144,18 +144,22 @@ def _slowest(waited: dict[str, float], upload: Upload) -> str:
 async def _dress(xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord) -> None:
     """Name, describe and tag the VM, and take off what belongs to its former life."""
     original = record.metadata["vm"]
+    name = original.get("name_label")
+    if not isinstance(name, str):
+        name = await xapi.call("VM.get_name_label", vm_ref)
     restored_on = date_name(time.time() * 1000)
     remote_name = request.remote.get("name")
     description = f"Restored on {restored_on}"
     if remote_name:
         description += f" from {remote_name}"
-    if original.get("name_description"):
-        description += f" - {original['name_description']}"
+    former = original.get("name_description")
+    if former and isinstance(former, str):
+        description += f" - {former}"
     date = date_name(record.backup.timestamp)
     await xapi.call("VM.add_tags", vm_ref, "restored from backup")
     if request.additional_vm_tag:
         await xapi.call("VM.add_tags", vm_ref, request.additional_vm_tag)
-    await xapi.call("VM.set_name_label", vm_ref, f"{original['name_label']} ({date})")
+    await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
     await xapi.call("VM.set_name_description", vm_ref, description)
     await ownership.reset_keys(xapi, vm_ref)
     await _unblock_migration(xapi, vm_ref)

@@ -22,7 +22,6 @@ _AS_HALTED: dict[str, Any] = {
     "children": [],
     "current_operations": {},
     "allowed_operations": [],
-    "blocked_operations": {},
     "resident_on": "",
     "suspend_VDI": NULL,
     "domid": -1,
