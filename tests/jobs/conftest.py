@@ -28,7 +28,7 @@ SCHEDULE = "22222222-2222-4222-8222-222222222222"
 async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Wait for something that another task or a thread does."""
     with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110  what is watched has no event
+        while not condition():
             await trio.sleep(0.005)
 
 
