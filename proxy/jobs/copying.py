@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from proxy.formats.xva_check import Validator
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
+
+
+_TURN = 32 * 1024 * 1024
+"""Bytes that the check may take in one go: about 50 ms."""
 
 
 _EXPLAIN_SECONDS = 10.0
@@ -120,6 +125,56 @@ class Consumer:
         self._receive.close()
 
 
+class _Checking:
+    """The consumer that feeds a :class:`Check`, which is what limits the speed of a fast pool.
+
+    MD5 is serial by nature and takes a core.  So the thread goes on with the next buffer
+    without a detour over the event loop, and gives each back as soon as it is done.
+    """
+
+    def __init__(self, check: Check) -> None:
+        self.busy = 0.0
+        self._check = check
+        self._queue: deque[Buffer] = deque()
+        self._news = trio.Event()
+        self._ended = False
+
+    def give(self, buffer: Buffer) -> None:
+        self._queue.append(buffer)
+        self._news.set()
+
+    def end(self) -> None:
+        """No more buffers: :meth:`run` returns when it has seen the last."""
+        self._ended = True
+        self._news.set()
+
+    async def run(self) -> None:
+        """Check until the end.  Raises ``Corrupt``.  A cancel is felt within a turn."""
+        token = trio.lowlevel.current_trio_token()
+        try:
+            while self._queue or not self._ended:
+                await self._news.wait()
+                self._news = trio.Event()
+                while self._queue:
+                    began = trio.current_time()
+                    await in_thread(Work.CPU, self._turn, token)
+                    self.busy += trio.current_time() - began
+        finally:
+            while self._queue:
+                self._queue.popleft().release()
+
+    def _turn(self, token: trio.lowlevel.TrioToken) -> None:
+        """In the thread: what is queued, but not so much that other transfers wait long."""
+        left = _TURN
+        while left > 0 and self._queue:
+            buffer = self._queue.popleft()
+            left -= buffer.length
+            try:
+                self._check.feed(buffer.view)
+            finally:
+                token.run_sync_soon(buffer.release)
+
+
 class FanOut:
     """Reads a source once for all its targets, and checks it on the way.
 
@@ -134,7 +189,7 @@ class FanOut:
         self._check = check
         self._rate = rate
         self._targets: list[Consumer] = []
-        self._checker = Consumer(pool.count)
+        self._checker = _Checking(check)
         self._waited_source = 0.0
         self._waited_buffer = 0.0
         self._waited_rate = 0.0
@@ -181,7 +236,7 @@ class FanOut:
 
         async def checking() -> None:
             try:
-                await self._feed_check()
+                await self._checker.run()
             except ProxyError as error:
                 failures.append(error)
                 nursery.cancel_scope.cancel("the stream is corrupt")
@@ -193,18 +248,10 @@ class FanOut:
             except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
                 failures.append(error)
                 nursery.cancel_scope.cancel("the source broke")
-            self._checker.end(None)
+            self._checker.end()
         if failures:
             raise failures[0]
         await in_thread(Work.CPU, self._check.finish)
-
-    async def _feed_check(self) -> None:
-        try:
-            while (buffer := await self._checker.next()) is not None:
-                with self._checker.using(buffer) as view:
-                    await in_thread(Work.CPU, self._check.feed, view)
-        finally:
-            self._checker.leave()
 
     async def _pump(self) -> None:
         while True:
@@ -236,13 +283,13 @@ class FanOut:
         return filled
 
     def _distribute(self, buffer: Buffer) -> None:
-        receivers = [*self._targets, self._checker]
-        buffer.share(len(receivers) + 1)  # ours goes last: nobody frees it while it is given out
-        for receiver in receivers:
-            if not receiver.give(buffer):
+        # ours goes last: nobody frees it while it is given out
+        buffer.share(len(self._targets) + 2)
+        self._checker.give(buffer)
+        for target in list(self._targets):
+            if not target.give(buffer):
                 buffer.release()
-                if receiver in self._targets:  # not the check, which leaves with its own error
-                    self._targets.remove(receiver)
+                self._targets.remove(target)
         buffer.release()
         if not self._targets:
             raise NoConsumers
