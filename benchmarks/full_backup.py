@@ -42,7 +42,7 @@ def one_protocol(chosen: Options, size: int, *, tls: bool) -> list[Figures]:
     name = "HTTPS" if tls else "HTTP"
     goal = "≥ 60 % of the copy" if tls else "≥ 70 % of the copy"
     rate = Figures(f"full backup, {name}: export to durable", "MB/s", goal=goal)
-    moving = Figures(f"full backup, {name}: transfer task", "MB/s", goal="≥ 2 × 240–325 MB/s")
+    moving = Figures(f"full backup, {name}: transfer task", "MB/s", goal="≥ twice 240-325 MB/s")
     overhead = Figures(f"full backup, {name}: run besides the transfer", "s", goal="≤ 0.45 s")
     cpu = Figures(f"full backup, {name}: daemon's CPU per GiB", "s")
     with (

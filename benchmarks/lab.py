@@ -151,7 +151,7 @@ class Pool:
         self._server = xmlrpc.client.ServerProxy(
             self.url,
             allow_none=True,
-            context=_trusting() if self.secure else None,  # type: ignore[arg-type]
+            context=_trusting() if self.secure else None,
         )
         self.session: str = self._value(
             self._server.session.login_with_password(self._user, self._password)
@@ -391,9 +391,8 @@ def plain_import(pool: Pool, path: Path) -> tuple[int, float]:
     view = memoryview(bytearray(PIECE))
     with pool.connect() as sock, path.open("rb", buffering=0) as source:
         began = time.perf_counter()
-        sock.sendall(
-            f"PUT /import/?{query} HTTP/1.1\r\nHost: pool\r\nContent-Length: {size}\r\n\r\n".encode()
-        )
+        head = f"PUT /import/?{query} HTTP/1.1\r\nHost: pool\r\nContent-Length: {size}\r\n\r\n"
+        sock.sendall(head.encode())
         _after_head(sock)
         while count := source.readinto(view):
             sock.sendall(view[:count])
@@ -463,9 +462,9 @@ class Figures:
         return [value / floor for value, floor in zip(self.values, self.floors, strict=True)]
 
     def row(self) -> str:
-        floor = f"{_spread(self.floors)}" if self.floors else "–"
-        ratio = _spread([100 * ratio for ratio in self.ratios]) + " %" if self.floors else "–"
-        cells = [self.name, f"{_spread(self.values)} {self.unit}", floor, ratio, self.goal or "–"]
+        floor = f"{_spread(self.floors)}" if self.floors else "-"
+        ratio = _spread([100 * ratio for ratio in self.ratios]) + " %" if self.floors else "-"
+        cells = [self.name, f"{_spread(self.values)} {self.unit}", floor, ratio, self.goal or "-"]
         return "| " + " | ".join(cells) + " |"
 
 
@@ -476,11 +475,11 @@ def _spread(values: list[float]) -> str:
     middle = statistics.median(values)
     if len(values) == 1:
         return shown(middle)
-    return f"{shown(middle)} ({shown(min(values))}–{shown(max(values))})"
+    return f"{shown(middle)} ({shown(min(values))}-{shown(max(values))})"
 
 
 def show(*rows: Figures) -> None:
-    """A table of the rows: median (lowest–highest)."""
+    """A table of the rows: median (lowest to highest)."""
     print("| figure | measured | floor | ratio | goal |")
     print("|---|---|---|---|---|")
     for row in rows:
