@@ -9,7 +9,7 @@ import trio
 import zstandard
 
 from proxy.errors import Corrupt, XapiError
-from proxy.formats.xva import ChunkData, ChunkEnd, ChunkStart, OvaXml, Reader, parse_ova_xml
+from proxy.formats.xva import CHUNK, ChunkData, ChunkEnd, ChunkStart, OvaXml, Reader, parse_ova_xml
 from proxy.runtime.threads import Work, in_thread
 from proxy.simulator.http import head
 from proxy.simulator.records import is_null
@@ -110,7 +110,8 @@ class _Importer:
         self._plain = False
         self._made: Restoration | None = None
         self._chunk: ChunkStart | None = None
-        self._held = bytearray()
+        self._held = memoryview(bytearray(CHUNK))  # growing one per chunk cost as much as all else
+        self._filled = 0
         self._bad_sums = 0
 
     @property
@@ -144,9 +145,11 @@ class _Importer:
                 self._begin(event.document)
             elif isinstance(event, ChunkStart):
                 self._chunk = event
-                self._held.clear()
+                self._filled = 0
             elif isinstance(event, ChunkData):
-                self._held += event.data
+                end = self._filled + len(event.data)
+                self._held[self._filled : end] = event.data
+                self._filled = end
             elif isinstance(event, ChunkEnd):
                 self._store(event)
 
@@ -175,7 +178,7 @@ class _Importer:
         content = self._pool.disks.contents[vdi]
         room = content.size - self._chunk.offset
         if room > 0:
-            content.write(self._chunk.offset, memoryview(self._held)[:room])
+            content.write(self._chunk.offset, self._held[: min(room, self._filled)])
 
     def finish(self) -> None:
         """No more bytes: raises ``Corrupt`` when the archive is cut or its sums are wrong."""
