@@ -20,10 +20,10 @@ class Buffer:
 
     __slots__ = ("_holders", "_pool", "length", "memory")
 
-    def __init__(self, pool: BufferPool, size: int) -> None:
+    def __init__(self, pool: BufferPool, memory: memoryview) -> None:
         self._pool = pool
-        self._holders = 0
-        self.memory = memoryview(bytearray(size))
+        self._holders = 1
+        self.memory = memory
         self.length = 0
 
     @property
@@ -40,7 +40,7 @@ class Buffer:
         assert self._holders > 0, "released more often than shared"
         self._holders -= 1
         if self._holders == 0:
-            self._pool.put_back(self)
+            self._pool.put_back(self.memory)
 
 
 class BufferPool:
@@ -50,23 +50,21 @@ class BufferPool:
         self.size = size
         self.count = count
         self._made = 0
-        self._free: deque[Buffer] = deque()
+        # The memory alone: buffers know their pool, and a cycle would keep a finished
+        # transfer's memory until the garbage collector comes by.
+        self._free: deque[memoryview] = deque()
         self._semaphore = trio.Semaphore(count, max_value=count)
 
     async def acquire(self) -> Buffer:
         """Wait for a free buffer.  On cancel nothing is taken."""
         await self._semaphore.acquire()
         if self._free:
-            buffer = self._free.pop()
-        else:
-            buffer = Buffer(self, self.size)
-            self._made += 1
-        buffer.length = 0
-        buffer.share(1)
-        return buffer
+            return Buffer(self, self._free.pop())
+        self._made += 1
+        return Buffer(self, memoryview(bytearray(self.size)))
 
-    def put_back(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
+    def put_back(self, memory: memoryview) -> None:
+        self._free.append(memory)
         self._semaphore.release()
 
     @property
