@@ -127,7 +127,10 @@ class Gate:
         return self._nth <= 0
 
     async def hold(self) -> None:
-        """Stand here until released."""
+        """Stand here until released; whoever comes second passes."""
+        if self._reached.is_set():  # both transfers began before the first came here
+            await trio.lowlevel.checkpoint()
+            return
         self._reached.set()
         try:
             await self._open.wait()
