@@ -1,0 +1,17 @@
+"""All measurements, one after the other."""
+
+from __future__ import annotations
+
+from benchmarks import calls, full_backup, listing, many_vms, restore, waiters
+from benchmarks.lab import options, show
+
+if __name__ == "__main__":
+    chosen = options(__doc__)
+    show(
+        *full_backup.measure(chosen),
+        *restore.measure(chosen),
+        *many_vms.measure(chosen),
+        *calls.measure(chosen),
+        *waiters.measure(chosen),
+        *listing.measure(chosen),
+    )
