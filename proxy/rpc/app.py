@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from proxy.rpc.auth import TokenStore
     from proxy.rpc.context import Services
     from proxy.rpc.registry import Registry
+    from proxy.rpc.replies import Headers, Send
 
 API_PATHS = frozenset({"/api/v1", "/api/v1/"})
+_API_TARGETS = frozenset(path.encode() for path in API_PATHS)
 
 
 class App(QuartTrio):
@@ -41,6 +43,16 @@ class App(QuartTrio):
             await self._endpoint(scope, receive, send)
         else:
             await super().asgi_app(scope, receive, send)
+
+    async def answer_at_once(
+        self, target: bytes, headers: Headers, body: bytes, send: Send
+    ) -> bool:
+        """Answer a POST whose method has nothing to wait for; false: nothing was done.
+
+        Costs half of what :meth:`asgi_app` does.  Needs no task of its own, since it only
+        waits for ``send``.
+        """
+        return target in _API_TARGETS and await self._endpoint.at_once(headers, body, send)
 
 
 def create_app(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import trio
 
-from proxy.errors import Refused
+from proxy.errors import ProxyError, Refused
 from proxy.rpc.context import Context
 from proxy.rpc.envelope import Malformed, describe, failure, parse
+from proxy.rpc.registry import MethodNotFound
 from proxy.rpc.replies import Reply, answer_now, answer_when_ready
 from proxy.runtime.secrets import remember_in
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from proxy.config import ApiConfig
     from proxy.rpc.auth import Authenticator
     from proxy.rpc.context import Services
+    from proxy.rpc.envelope import Call
     from proxy.rpc.registry import Method, Registry
     from proxy.rpc.replies import Headers, Send
 
@@ -80,6 +82,24 @@ class Endpoint:
         reply = Reply(send, functools.partial(self._headers, token))
         await self._answer(body, reply, settings)
 
+    async def at_once(self, headers: Headers, body: bytes, send: Send) -> bool:
+        """Answer a call of a method that does not wait; false for any other, untouched."""
+        token = self._authenticator.accepts(headers)
+        settings = self._settings()
+        if token is None or len(body) > settings.max_body_size:
+            return False
+        try:
+            call = parse(body)
+            method = self._registry[call.method]
+        except ProxyError:
+            return False
+        if method.waits:
+            return False
+        await self._call(
+            call, method, Reply(send, functools.partial(self._headers, token)), settings
+        )
+        return True
+
     def _headers(self, token: bytes) -> Headers:
         news = self._authenticator.news_for(token)
         return [] if news is None else [(b"set-cookie", news)]
@@ -115,6 +135,13 @@ class Endpoint:
             return
         try:
             method = self._registry[call.method]
+        except MethodNotFound as error:
+            await reply.finish(failure(call.identity, error))
+            return
+        await self._call(call, method, reply, settings)
+
+    async def _call(self, call: Call, method: Method, reply: Reply, settings: ApiConfig) -> None:
+        try:
             if method.carries_secrets:
                 remember_in(call.params)
             params = method.read_params(call.params)
