@@ -17,6 +17,7 @@ from proxy.cli.failures import Failure
 from proxy.cli.views import Note
 
 REMOTE = "remote"
+_WIDTH = 160
 
 
 @click.group()
@@ -29,26 +30,27 @@ def backups() -> None:
 @click.option("--vm", help="Only this VM's backups (uuid).")
 @connection
 def list_(client: Client, remote_url: str, vm: str | None) -> None:
-    """List the VM backups that REMOTE holds (a URL such as nfs://host:/share)."""
+    """List the VM backups that REMOTE holds (a URL such as file:///backups)."""
     params: dict[str, Any] = {"remotes": {REMOTE: {"url": remote_url}}}
     if vm is not None:
         params["vmId"] = vm
     found = client.scalar("backup.listVmBackups", params)
     if REMOTE not in found:
         raise Failure("the remote could not be read, the daemon's log says why")
-    shown = Table("id", "VM", "mode", "made (UTC)", "size", box=None, header_style="bold")
-    shown.columns[0].overflow = "fold"
+    shown = Table("VM", "mode", "made (UTC)", "size", box=None, header_style="bold")
+    shown.add_column("id", no_wrap=True)
     for of_vm in found[REMOTE].values():
         for backup in of_vm:
             made = datetime.fromtimestamp(backup["timestamp"] / 1000, UTC)
             shown.add_row(
-                backup["id"],
                 backup["vm"]["name_label"],
                 backup["mode"],
                 f"{made:%Y-%m-%d %H:%M:%S}",
                 decimal(backup.get("size") or 0),
+                backup["id"],
             )
-    Console().print(shown)
+    # An id is there to be copied: a narrow terminal wraps the line, not its content.
+    Console(width=max(Console().width, _WIDTH)).print(shown)
 
 
 @backups.command()

@@ -30,7 +30,7 @@ def call(
     \b
     xo-proxy call system.getServerVersion
     xo-proxy call task.getAll limit:=3
-    xo-proxy call backup.listVmBackups --json '{"remotes": {"r": {"url": "nfs://…"}}}'
+    xo-proxy call backup.listVmBackups --json '{"remotes": {"r": {"url": "file:///backups"}}}'
     """
     with client.call(method, parse_params(params, json_params)) as reply:
         if isinstance(reply, Binary):

@@ -75,13 +75,19 @@ class Tasks:
         return task
 
     async def _work(self, task: Task, work: Callable[[Task], Awaitable[Any]]) -> None:
+        _log.info("task began", task=task.id, name=task.name)
         try:
             with task.running():
                 task.result = await work(task)
         except Canceled:
-            _log.info("task canceled", task=task.id, name=task.name)
+            pass  # the status says it
         except Exception as error:  # noqa: BLE001  the log of the task holds it; siblings go on
             _log.warning("task failed", task=task.id, name=task.name, error=str(error))
+        finally:
+            if task.end is not None:
+                seconds = (task.end - task.start) / 1000
+                said = {"task": task.id, "name": task.name, "status": str(task.status)}
+                _log.info("task ended", **said, seconds=seconds)
 
     # -- looking -----------------------------------------------------------------------------
 

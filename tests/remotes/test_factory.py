@@ -89,7 +89,7 @@ async def test_a_file_system_that_hangs_is_unreachable(
     options = RemoteOptions(disable_file_remotes=False, open_seconds=0.05)
     with pytest.raises(Unreachable, match="opening the remote"):
         await open_remote({"url": f"file://{root}"}, options=options)
-    while not closed:  # noqa: ASYNC110 (the abandoned thread has no event to give)
+    while not closed:
         await trio.sleep(0.01)
     assert closed[0]._descriptor is None  # what came too late keeps nothing open
     assert tree(root) == []

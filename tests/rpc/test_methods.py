@@ -160,7 +160,7 @@ async def test_a_task_is_seen_cancelled_and_forgotten(server: Server) -> None:
     assert "cancel it first" in error["message"]
     assert await result_of(server, "task.cancel", {"taskId": task.id}) is True
     with trio.fail_after(2):
-        while task.pending:  # noqa: ASYNC110  a task has no event for its end
+        while task.pending:
             await trio.sleep(0.01)
     shown = await result_of(server, "task.get", {"taskId": task.id})
     assert shown["status"] == "canceled"

@@ -143,9 +143,7 @@ class FakeHost:
             return await value(*args) if callable(value) else value
         return await self.default(method, args, session)
 
-    async def default(  # noqa: PLR0911 - one answer a method
-        self, method: str, args: list[Any], session: str
-    ) -> Any:
+    async def default(self, method: str, args: list[Any], session: str) -> Any:
         match method:
             case "session.logout":
                 self.sessions.discard(session)
@@ -226,7 +224,7 @@ async def cancel_at(gate: Gate, function: Callable[[], Awaitable[object]]) -> No
 async def clean(pool: SimulatedPool) -> None:
     """The pool has no leftovers, at the latest a moment from now."""
     with trio.move_on_after(2):
-        while pool.leftovers():  # noqa: ASYNC110 - the pool tells nobody
+        while pool.leftovers():
             await trio.sleep(0.01)
     assert pool.leftovers() == {}
 

@@ -1,7 +1,5 @@
 """Exports and imports: whole, broken in every way, refused, and cancelled at every stage."""
 
-# ruff: noqa: PT012 - the whole transfer is what must fail
-
 from __future__ import annotations
 
 import hashlib
@@ -442,7 +440,7 @@ async def test_an_import_that_succeeds_all_the_same_is_undone(
         async with xapi.import_vm(sr, length=len(content)) as upload:
             await put(upload, content)
             with trio.fail_after(5):
-                while pool.transfer_log[-1].ended != "complete":  # noqa: ASYNC110 - the pool tells nobody
+                while pool.transfer_log[-1].ended != "complete":
                     await trio.sleep(0.01)
             raise LookupError
     await clean(pool)
