@@ -162,7 +162,7 @@ async def test_a_lost_lock_stops_the_body_at_once(root: Path, placed: Path) -> N
     with inline_threads():
         async with opened(f"file://{root}") as remote:
             start = trio.current_time()
-            with pytest.raises(Busy, match="was lost"):
+            with pytest.raises(Busy, match="was lost"):  # noqa: PT012 (the block is what ends)
                 async with remote.lock(PATH, owner="run"):
                     placed.rmdir()
                     placed.mkdir()
@@ -175,7 +175,7 @@ async def test_a_lost_lock_stops_the_body_at_once(root: Path, placed: Path) -> N
 async def test_check_tells_of_a_lost_lock(root: Path, placed: Path, *, again: bool) -> None:
     with inline_threads():
         async with opened(f"file://{root}") as remote:
-            with pytest.raises(Busy, match="was lost"):
+            with pytest.raises(Busy, match="was lost"):  # noqa: PT012 (the block is what ends)
                 async with remote.lock(PATH, owner="run") as lock:
                     placed.rmdir()
                     if again:
@@ -187,7 +187,7 @@ async def test_check_tells_of_a_lost_lock(root: Path, placed: Path, *, again: bo
 async def test_a_body_that_did_not_look_is_told_at_its_end(root: Path, placed: Path) -> None:
     with inline_threads():
         async with opened(f"file://{root}") as remote:
-            with pytest.raises(Busy, match="was lost"):
+            with pytest.raises(Busy, match="was lost"):  # noqa: PT012 (the block is what ends)
                 async with remote.lock(PATH, owner="run") as lock:
                     placed.rmdir()
                     with pytest.raises(Busy):

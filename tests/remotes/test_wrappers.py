@@ -54,7 +54,7 @@ async def test_an_error_before_or_after_the_effect(faults: Faults, root: Path) -
 async def test_a_torn_write(faults: Faults, root: Path) -> None:
     faults.add("create.write", Torn(3, GONE))
     written = b""
-    with pytest.raises(Unreachable):
+    with pytest.raises(Unreachable):  # noqa: PT012 (the block is what ends)
         async with faults.create("f") as file:
             try:
                 await file.write(b"abcdef")
@@ -234,7 +234,7 @@ async def test_every_prefix_of_a_recording_can_be_built(faults: Faults, tmp_path
             await file.write(b"12")
             await file.write(b"34")
             await file.commit()
-        with pytest.raises(ProxyError):
+        with pytest.raises(ProxyError):  # noqa: PT012 (the block is what ends)
             async with recording.create("vm/b.xva") as file:
                 await file.write(b"x")
                 raise GONE

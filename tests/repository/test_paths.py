@@ -23,7 +23,7 @@ def test_the_date_name_of_a_recorded_backup() -> None:
     assert date_name(1795485541901) == "20261124T015901Z"
 
 
-@given(st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 30)))
+@given(st.datetimes(datetime(1970, 1, 2), datetime(9999, 12, 30)))  # noqa: DTZ001
 def test_date_names_sort_as_times_and_lead_back(moment: datetime) -> None:
     seconds = int(moment.replace(tzinfo=UTC).timestamp())
     name = date_name(seconds * 1000 + 999)

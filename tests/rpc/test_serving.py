@@ -79,7 +79,7 @@ async def test_a_client_that_sends_its_headers_slowly_is_dropped(
         async with stream:
             await stream.send_all(b"POST /api/v1 HT")
             with trio.fail_after(3):
-                with pytest.raises(trio.BrokenResourceError):
+                with pytest.raises(trio.BrokenResourceError):  # noqa: PT012
                     while True:
                         await trio.sleep(0.05)
                         await stream.send_all(b"T")
@@ -202,14 +202,14 @@ async def narrow(server: Server) -> trio.SocketStream:
 
 
 def resident() -> int:
-    with open("/proc/self/statm") as statm:
+    with open("/proc/self/statm") as statm:  # noqa: PTH123
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def connections(server: Server) -> int:
     """Connections of this process to the server that the server's side still has."""
     count = 0
-    with open("/proc/net/tcp") as table:
+    with open("/proc/net/tcp") as table:  # noqa: PTH123
         for line in list(table)[1:]:
             fields = line.split()
             if fields[1].endswith(f":{server.port:04X}") and fields[3] == "01":

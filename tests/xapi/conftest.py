@@ -143,7 +143,9 @@ class FakeHost:
             return await value(*args) if callable(value) else value
         return await self.default(method, args, session)
 
-    async def default(self, method: str, args: list[Any], session: str) -> Any:
+    async def default(  # noqa: PLR0911 - one answer a method
+        self, method: str, args: list[Any], session: str
+    ) -> Any:
         match method:
             case "session.logout":
                 self.sessions.discard(session)
