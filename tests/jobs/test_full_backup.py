@@ -791,7 +791,7 @@ async def test_upstream_weakness_3_a_locked_target_is_a_failure_and_no_warning(
 async def test_upstream_weakness_2_the_lock_is_free_after_a_failure(house: House) -> None:
     house.pool.fail("/export", cut="reset", after_bytes=MIB)
     assert (await house.run(house.request())).status == "failure"
-    settings = {"getRemoteTimeout": 1}
+    settings = {"getRemoteTimeout": 2000}
     assert (await house.run(house.request(settings=settings))).status == "success"
 
 

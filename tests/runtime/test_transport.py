@@ -30,7 +30,7 @@ async def test_a_reset_behind_the_last_bytes_is_no_clean_end() -> None:
             theirs.close()
 
         nursery.start_soon(reset)
-        with pytest.raises(Unreachable) as caught:
+        with pytest.raises(Unreachable) as caught:  # noqa: PT012  at which read, the kernel says
             while count := await connection.receive_into(memory):
                 received += count
     assert caught.value.code == "ECONNRESET"
