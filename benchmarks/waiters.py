@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import select
-import socket
 import time
+from typing import TYPE_CHECKING
 
-from benchmarks.lab import Daemon, Figures, Options, daemon, main, scratch
+from benchmarks.lab import Figures, Options, daemon, main, scratch
+
+if TYPE_CHECKING:
+    import socket
+
+    from benchmarks.lab import Daemon
 
 EVENT = "event.from"
 _PATIENCE = 60.0
