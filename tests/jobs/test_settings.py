@@ -1,0 +1,82 @@
+"""Settings: levels, types, contradictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import Refused
+from proxy.jobs.settings import SettingLevels, refuse_contradictions
+
+VALUES = st.none() | st.integers(0, 9)
+
+
+def levels(job: dict[str, Any], *defaults: dict[str, Any]) -> SettingLevels:
+    return SettingLevels(job, "S", defaults)
+
+
+@given(config=VALUES, everywhere=VALUES, schedule=VALUES, vm=VALUES, target=VALUES)
+def test_later_levels_win_and_null_is_no_value(
+    config: int | None,
+    everywhere: int | None,
+    schedule: int | None,
+    vm: int | None,
+    target: int | None,
+) -> None:
+    key = "exportRetention"
+    found = levels(
+        {"": {key: everywhere}, "S": {key: schedule}, "VM": {key: vm}, "R": {key: target}},
+        {key: config},
+    )
+
+    def last(*values: int | None) -> int:
+        return next((value for value in reversed(values) if value is not None), 0)
+
+    assert found.run.export_retention == last(config, everywhere, schedule)
+    assert found.vm("VM").export_retention == last(config, everywhere, schedule, vm)
+    assert found.target("VM", "R").export_retention == last(
+        config, everywhere, schedule, vm, target
+    )
+
+
+def test_two_tags_force_their_setting() -> None:
+    found = levels({"VM": {"checkpointSnapshot": False}})
+    assert found.vm("VM", ["xo-memory-backup"]).checkpoint_snapshot
+    assert found.vm("VM", ["xo-offline-backup"]).offline_snapshot
+    assert not found.vm("VM", ["backup"]).offline_snapshot
+
+
+def test_upstream_weakness_7_the_jobs_own_level_counts_for_snapshots() -> None:
+    found = levels({"": {"snapshotRetention": 3}, "S2": {"snapshotRetention": 5}})
+    assert found.snapshot_retention("S", "VM") == 3
+    assert found.snapshot_retention("S2", "VM") == 5
+    assert (
+        levels({"": {"snapshotRetention": 3}, "VM": {"snapshotRetention": 1}}).snapshot_retention(
+            "S", "VM"
+        )
+        == 1
+    )
+
+
+def test_a_wrong_type_is_told_with_its_place() -> None:
+    with pytest.raises(Refused, match="concurrency") as caught:
+        levels({"": {"concurrency": "two"}})
+    assert caught.value.code == "EINVAL"
+    assert caught.value.rpc_code != 10, "on that number XO would repeat the run without its log"
+    with pytest.raises(Refused, match="settings of VM"):
+        levels({"VM": ["no object"]}).vm("VM")
+
+
+def test_unknown_keys_are_named_and_known_ones_are_not() -> None:
+    found = levels({"": {"exportRetentoin": 1, "reportWhen": "failure", "preferNbd": True}})
+    assert found.unknown_keys() == ["exportRetentoin"]
+
+
+def test_contradictions_are_refused_with_upstreams_message() -> None:
+    wrong = levels({"": {"offlineBackup": True, "snapshotRetention": 1}}).run
+    with pytest.raises(Refused, match=r"^offlineBackup is not compatible with snapshotRetention$"):
+        refuse_contradictions(wrong)
+    refuse_contradictions(levels({"": {"offlineBackup": True}}).run)
