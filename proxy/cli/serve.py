@@ -29,6 +29,7 @@ def serve(configs: tuple[Path, ...]) -> None:
     from proxy.cli.failures import failure_of  # noqa: PLC0415
     from proxy.config import Config, LiveConfig, Places, load  # noqa: PLC0415
     from proxy.daemon import refuse_optimised, run  # noqa: PLC0415
+    from proxy.runtime.allocator import share_heaps  # noqa: PLC0415
 
     refuse_optimised()
     places = Places(explicit=configs)
@@ -46,6 +47,7 @@ def serve(configs: tuple[Path, ...]) -> None:
         return await run(live)
 
     try:
+        share_heaps()
         code = trio.run(main)
     except BaseExceptionGroup as error:
         raise failure_of(error) or error from error

@@ -7,6 +7,7 @@ wakes a waiting reader.  Nothing is copied or joined on the way.
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 
 import trio
@@ -61,7 +62,8 @@ class BufferPool:
         if self._free:
             return Buffer(self, self._free.pop())
         self._made += 1
-        return Buffer(self, memoryview(bytearray(self.size)))
+        # Pages of their own: freed memory of this size inside the heap is not given back.
+        return Buffer(self, memoryview(mmap.mmap(-1, self.size)))
 
     def put_back(self, memory: memoryview) -> None:
         self._free.append(memory)
