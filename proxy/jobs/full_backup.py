@@ -228,9 +228,10 @@ async def _export(
     exported: dict[str, Any],
     targets: Sequence[RemoteTarget],
 ) -> list[str]:
-    """Read the export once into every target; the ids of those that failed.
+    """Read the export once into every target; the ids of those that are to be tried again.
 
-    Raises when all failed, with the source's error if it was that.
+    That is those that failed, but not a target that somebody cancelled.  Raises when all
+    failed, with the source's error if it was that.
     """
     if not targets:
         return []
@@ -266,7 +267,11 @@ async def _export(
     if broken is not None:
         raise broken
     if len(errors) < len(targets):
-        return [target_id for target_id in errors if target_id not in backup.stored]
+        return [
+            target_id
+            for target_id, error in errors.items()
+            if target_id not in backup.stored and not isinstance(error, Canceled)
+        ]
     if len(targets) == 1:
         raise next(iter(errors.values()))
     if all(isinstance(error, Canceled) for error in errors.values()):
