@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from proxy.cli.views import TaskView
@@ -32,10 +33,10 @@ class _Moved(ProgressColumn):
         moved: Transferred | None = task.fields.get("moved")
         if moved is None:
             return Text("")
-        parts = [decimal(moved.done)]
-        if moved.total is not None:
-            about = "~" if moved.estimated else ""
-            parts = [f"{parts[0]} of {about}{decimal(moved.total)}"]
+        if moved.total is None:
+            parts = [decimal(moved.done)]
+        else:  # behind the percentage
+            parts = [f"of {'~' if moved.estimated else ''}{decimal(moved.total)}"]
         if moved.rate is not None:
             parts.append(f"{decimal(moved.rate)}/s")
         if moved.eta is not None and not task.finished:
@@ -61,11 +62,13 @@ class Bars:
         self._console = console
         self._bars: dict[str, TaskID] = {}
         self._said: dict[str, str] = {}
+        # The bar takes what the words leave: a narrow terminal shortens it and wraps nothing.
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            _Moved(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.percentage:>3.0f} %", table_column=Column(no_wrap=True)),
+            _Moved(table_column=Column(no_wrap=True)),
+            expand=True,
             console=console,
             disable=not console.is_terminal,
         )
