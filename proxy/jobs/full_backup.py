@@ -175,6 +175,7 @@ async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
                     ownership.VM: backup.uuid,
                     ownership.RUN: None,
                     ownership.PROXY: None,
+                    ownership.SHUT_DOWN: None,
                 },
             )
             await ownership.set_content_keys(xapi, ref)

@@ -28,8 +28,8 @@ async def restarted(
 ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Start the VM again at the end of the block, also after a failure or a cancel.
 
-    Yields a function that starts it earlier.  The VM carries our mark meanwhile, so that a
-    crash is recognised later.  A VM that is not halted is left alone.
+    Yields a function that starts it earlier.  The VM carries our mark meanwhile, by which
+    :func:`start_left_off` recognises it after a crash.  A VM that is not halted is left alone.
     """
     if not needed:
         yield trio.lowlevel.checkpoint
@@ -42,15 +42,33 @@ async def restarted(
         await vms.start(xapi, vm_ref)
         finished = True
 
-    marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
+    mark = f"{backup.installation}/{backup.run_id}"
     try:
-        await xapi.update_map("VM", vm_ref, "other_config", marks)
+        await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: mark})
         yield start_now
     finally:
         async with undo_step("start the VM again", _START_SECONDS):
             if not finished and await _halted_soon(backup):
                 await vms.start(xapi, vm_ref)
-            await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(marks))
+            await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
+
+
+async def start_left_off(task: Task, backup: VmBackup) -> bool:
+    """Start a VM that a run of ours shut down before it was killed; whether it was so.
+
+    Only one that is still halted and carries the mark of a run of this installation that is
+    not alive: a VM that somebody else keeps halted stays so, with another's mark on it too.
+    """
+    mark = backup.vm.get("other_config", {}).get(ownership.SHUT_DOWN, "")
+    installation, _, run = mark.partition("/")
+    if installation != backup.installation or backup.is_live_run(run):
+        return False
+    halted = backup.vm.get("power_state") == "Halted"
+    if halted:
+        task.warning("an interrupted run left the VM shut down: it is started again", {"run": run})
+        await vms.start(backup.xapi, backup.vm_ref)
+    await backup.xapi.update_map("VM", backup.vm_ref, "other_config", {ownership.SHUT_DOWN: None})
+    return halted
 
 
 async def _halted_soon(backup: VmBackup) -> bool:

@@ -162,6 +162,7 @@ async def _dress(xapi: Xapi, vm_ref: str, request: RestoreRequest, record: Backu
     await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
     await xapi.call("VM.set_name_description", vm_ref, description)
     await ownership.reset_keys(xapi, vm_ref)
+    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
     await _unblock_migration(xapi, vm_ref)
     if request.new_mac_addresses:
         await _renew_macs(xapi, vm_ref)

@@ -9,6 +9,7 @@ import trio
 
 from proxy.errors import Canceled, Many, NotFound, ProxyError, Refused
 from proxy.jobs.full_backup import VmBackup, back_up, refuse_vm
+from proxy.jobs.power import start_left_off
 from proxy.jobs.rate_limit import RateLimit
 from proxy.jobs.targets import RemoteTarget
 from proxy.repository import lock_vm
@@ -135,6 +136,8 @@ class _VmRun:
         tries = max(0, settings.n_retries_vm_backup_failures) + 1
         backup = self._vm_backup(xapi, ref, vm, settings)
         refuse_vm(backup)
+        if await start_left_off(task, backup):
+            backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
         for attempt in range(1, tries + 1):
             try:
                 failed = await self._attempt(task, backup, missing)

@@ -35,6 +35,8 @@ PROXY: Final = "xo:backup:proxy"
 """Ours: the id of the installation that made the thing."""
 RUN: Final = "xo:backup:run"
 """Ours: the id of the run that made it, removed when the thing is finished."""
+SHUT_DOWN: Final = "xo:backup:shutdown"
+"""Ours, on a live VM that we shut down for its backup: ``<installation>/<run>``."""
 
 RESET_KEYS: Final = (
     CONTENT_KEY,

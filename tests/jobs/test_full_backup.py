@@ -908,3 +908,30 @@ async def test_upstream_weakness_9_a_vm_is_repeated_while_others_still_run(tmp_p
         stuck.release()
         outcome = await house.outcome(task)
         assert (outcome.status, len(house.backups())) == ("success", 2)
+
+
+@pytest.mark.parametrize(
+    ("mark", "power_state"),
+    [
+        ("{ours}/0dead0run-x", "Running"),
+        ("another1/0dead0run-x", "Halted"),
+        ("", "Halted"),
+    ],
+    ids=["a dead run of ours", "another installation", "its owner"],
+)
+async def test_only_a_vm_that_our_dead_run_shut_down_is_started(
+    house: House, mark: str, power_state: str
+) -> None:
+    vm = house.pool.vm("vm1")
+    house.pool.do("VM.hard_shutdown", vm)
+    value = mark.format(ours=house.services.installation)
+    house.pool.do("VM.add_to_other_config", vm, "xo:backup:shutdown", value)
+    outcome = await house.run(house.request())
+    assert outcome.status == "success"
+    record = house.pool.store.get("VM", vm)
+    assert record["power_state"] == power_state
+    kept = record["other_config"].get("xo:backup:shutdown")
+    assert kept == (None if "ours" in mark else value)
+    (task,) = outcome.of("backup VM")
+    assert bool(task["data"].get("warnings")) is (power_state == "Running")
+    await house.clean()
