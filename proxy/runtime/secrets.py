@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 HIDDEN = "***"
@@ -43,13 +43,13 @@ def remember(secret: str) -> None:
 def remember_in(value: Any) -> None:
     """Remember every string that ``value`` (JSON) holds under a name that means a secret."""
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key, item in cast("dict[object, object]", value).items():
             if _NAMES.search(str(key)):
                 _remember_all(item)
             else:
                 remember_in(item)
     elif isinstance(value, list):
-        for item in value:
+        for item in cast("list[object]", value):
             remember_in(item)
 
 
@@ -57,7 +57,7 @@ def _remember_all(value: Any) -> None:
     if isinstance(value, str):
         remember(value)
     elif isinstance(value, dict):
-        for key, item in value.items():
+        for key, item in cast("dict[object, object]", value).items():
             if key != "username":
                 _remember_all(item)
 
@@ -82,8 +82,8 @@ def scrub(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             key: HIDDEN if _NAMES.search(str(key)) and item else scrub(item)
-            for key, item in value.items()
+            for key, item in cast("dict[object, object]", value).items()
         }
     if isinstance(value, list | tuple):
-        return [scrub(item) for item in value]
+        return [scrub(item) for item in cast("list[object]", value)]
     return value

@@ -40,7 +40,7 @@ def limiter(work: Work) -> trio.CapacityLimiter:
     try:
         limiters = _limiters.get()
     except LookupError:
-        limiters = {}
+        limiters = dict[Work, trio.CapacityLimiter]()
         _limiters.set(limiters)
     if work not in limiters:
         limiters[work] = trio.CapacityLimiter(work.value)
