@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from proxy.cli.client import Client, Stream
@@ -246,6 +249,87 @@ def test_a_task_cut_by_a_kill_is_interrupted_after_the_next_start(lab: Lab) -> N
     _, client = lab.daemon(config)
     (task,) = client.scalar("task.getAll", {})
     assert task["status"] == "interrupted"
+
+
+class Pool:
+    """The simulated pool, asked directly."""
+
+    def __init__(self, params: dict[str, Any]) -> None:
+        given = params["xapis"]["p"]
+        self._url = given["url"] + "/jsonrpc"
+        user, password = given["credentials"]["username"], given["credentials"]["password"]
+        self._session = self._call("session.login_with_password", user, password)
+
+    def _call(self, method: str, *params: Any) -> Any:
+        request = {"jsonrpc": "2.0", "id": 0, "method": method, "params": params}
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(self._url, json=request, headers=headers).json()
+        return answer["result"]
+
+    def vms(self) -> list[dict[str, Any]]:
+        return list(self._call("VM.get_all_records", self._session).values())
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        return [vm for vm in self.vms() if vm["is_a_snapshot"]]
+
+
+def _until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def _check_backups(folder: Path) -> int:
+    """Every metadata file names a whole archive; says how many there are."""
+    count = 0
+    for metadata in folder.rglob("*Z.json"):
+        record = json.loads(metadata.read_text())
+        archive = metadata.with_suffix(".xva")
+        assert archive.stat().st_size == record["size"]
+        with tarfile.open(archive) as tar:
+            assert tar.getnames()[0] == "ova.xml"
+        assert archive.read_bytes().endswith(bytes(1024))
+        digest = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+        assert metadata.with_suffix(".xva.checksum").read_text() == f"$1$${digest}"
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("moment", ["snapshot", "bytes", "named", "metadata"])
+def test_what_a_killed_run_left_is_removed_by_the_next(lab: Lab, moment: str) -> None:
+    """``kill -9`` loses no backup, lists no broken one, and needs nobody to clean up."""
+    config = lab.config()
+    daemon, client = lab.daemon(config)
+    params = {**lab.run_params("16MiB"), "streamLogs": False}
+    pool = Pool(params)
+    remote = lab.folder / "remote"
+    task_id = client.scalar("backup.run", params)
+    reached = {
+        "snapshot": pool.snapshots,
+        "bytes": lambda: any(p.stat().st_size for p in remote.rglob(".*.xva.tmp")),
+        "named": lambda: any(remote.rglob("*Z.xva")),
+        "metadata": lambda: any(remote.rglob("*Z.json")),
+    }
+    _until(reached[moment])
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    kept = _check_backups(remote)
+    assert kept == (1 if moment == "metadata" else kept)
+
+    daemon, client = lab.daemon(config)
+    assert client.scalar("task.get", {"taskId": task_id})["status"] == "interrupted"
+    listed = client.scalar("backup.listVmBackups", {"remotes": params["remotes"]})["r"]
+    assert sum(map(len, listed.values())) == kept
+    again = client.scalar("backup.run", params)
+    _until(lambda: client.scalar("task.get", {"taskId": again})["status"] != "pending")
+    assert client.scalar("task.get", {"taskId": again})["status"] == "success"
+    assert _check_backups(remote) == 1, "exportRetention is 1"
+    names = sorted(path.name for path in remote.rglob("*") if path.is_file())
+    assert len(names) == 4, names  # archive, checksum, metadata, cache
+    assert pool.snapshots() == []
+    assert [vm["blocked_operations"] for vm in pool.vms()] == [{}] * len(pool.vms())
+    assert not list(remote.rglob("*.lock"))
 
 
 def test_sighup_reloads_and_a_broken_file_changes_nothing(lab: Lab) -> None:

@@ -313,8 +313,9 @@ async def _clean(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) 
     for target in targets:
         try:
             async with task.child("clean-vm") as clean:
+                # We hold the directory: whoever wrote an unfinished file in it is dead.
                 clean.result = await clean_vm(
-                    target.remote, backup.uuid, lock=target.lock, warn=clean.warning
+                    target.remote, backup.uuid, lock=target.lock, warn=clean.warning, min_age=0
                 )
         except ProxyError:
             continue  # in the log of the clean; the backup itself is not touched by it
