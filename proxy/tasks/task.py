@@ -119,7 +119,8 @@ class Task:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The block is this task's work.  Used by :meth:`child` and the owner of the root."""
-        token = listener.set(self.warning)
+        heard_before = listener.get()
+        listener.set(self.warning)
         try:
             with self._scope:
                 yield
@@ -127,7 +128,7 @@ class Task:
             self._finish_with(error)
             raise
         finally:
-            listener.reset(token)
+            listener.set(heard_before)
         if self._scope.cancelled_caught:
             canceled = Canceled(self._cancel_reason)
             self._finish(Status.CANCELED, describe_error(canceled))

@@ -216,11 +216,13 @@ async def open_house(
             open_tasks(str(root / "tasks.db"), nursery) as tasks,
             open_services(lambda: chosen, tasks, nursery) as services,
         ):
-            with patch:
-                yield House(pool, services, root)
-            services.cancel_all("the test is over")
-            with trio.move_on_after(10):
-                await services.wait_idle()
+            try:
+                with patch:
+                    yield House(pool, services, root)
+            finally:  # while the pool still answers
+                services.cancel_all("the test is over")
+                with trio.CancelScope(shield=True), trio.move_on_after(10):
+                    await services.wait_idle()
         nursery.cancel_scope.cancel()
 
 
