@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -42,6 +43,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has left, as `head` does
+        sys.exit(failures.FAILED)
+    except OSError as error:
+        # a full disk that our output goes to; what a daemon meets comes in groups
+        failures.Failure(str(error)).show()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter fails again at its end
         sys.exit(failures.FAILED)
     except Exception as error:
         # whatever the daemon's rooms raise on purpose; a fault of ours keeps its traceback

@@ -21,8 +21,12 @@ _WIDTH = 160
 
 
 @click.group()
-def backups() -> None:
-    """Look after the backups of one remote."""
+@connection
+def backups(client: Client) -> None:
+    """Look after the backups of one remote.
+
+    The connection given here is the default of the subcommands.
+    """
 
 
 @backups.command("list")

@@ -73,7 +73,7 @@ def parse_params(words: tuple[str, ...], whole: str | None) -> dict[str, Any]:
 def _parse(text: str, what: str) -> object:
     try:
         value: object = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"{what} is not JSON: {error}") from error
     return value
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import click
 import httpx
@@ -81,9 +81,7 @@ class Client:
         if url.startswith("unix:"):
             transport = httpx.HTTPTransport(uds=url.removeprefix("unix:"))
             url = "http://localhost"
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise click.UsageError(f"{url!r} is no URL of a proxy, such as https://proxy.example")
+        parts = _split(url)
         if parts.username:
             token = unquote(parts.username)
         remember(token)
@@ -93,7 +91,8 @@ class Client:
                 " configuration, or use --token-file",
                 UNAUTHORIZED,
             )
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        name = parts.hostname or ""
+        host = f"[{name}]" if ":" in name else name
         port = f":{parts.port}" if parts.port is not None else ""
         path = parts.path if parts.path not in ("", "/") else "/api/v1"
         self.where = f"{parts.scheme}://{host}{port}"
@@ -130,7 +129,7 @@ class Client:
             raise Failure(f"cannot reach {self.where}: {error}", UNREACHABLE) from error
         except httpx.TimeoutException as error:
             raise Failure(f"{self.where} did not answer in time", UNREACHABLE) from error
-        except httpx.TransportError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Failure(f"{self.where} broke off: {error}", UNREACHABLE) from error
 
     def scalar(self, method: str, params: dict[str, Any]) -> Any:
@@ -164,6 +163,18 @@ class Client:
         return Scalar(result)
 
 
+def _split(url: str) -> SplitResult:
+    """Raises ``click.UsageError``, which does not show the token that ``url`` may hold."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # brackets without an address between them, a port out of range
+        pass
+    shown = url.rpartition("@")[2]
+    raise click.UsageError(f"{shown!r} is no URL of a proxy, such as https://proxy.example")
+
+
 def _values(chunks: Iterator[bytes]) -> Iterator[Any]:
     """JSON values of a stream, each as soon as its line is complete.
 
@@ -182,7 +193,7 @@ def _values(chunks: Iterator[bytes]) -> Iterator[Any]:
 def _value(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure("the answer is not JSON: it may have been cut off", UNREACHABLE) from error
 
 
@@ -211,7 +222,7 @@ class _Given:
         url, token = self.url, self.token
         if self.token_file is not None:
             token = self.token_file.read_text("utf-8").strip()
-        if url is not None and urlsplit(url).username:
+        if url is not None and not url.startswith("unix:") and _split(url).username:
             token = token or ""
         if url is None or token is None:
             config = load(Places(explicit=self.configs)).config

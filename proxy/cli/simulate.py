@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from proxy.cli.failures import Failure
+
 
 class Size(click.ParamType[int]):
     """Bytes, or text such as ``64MiB``."""
@@ -26,10 +28,16 @@ class Size(click.ParamType[int]):
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=0, show_default=True, help="0: any free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0: any free one."
+)
 @click.option("--tls", is_flag=True, help="Speak HTTPS with a self-signed certificate.")
-@click.option("--vms", default=1, show_default=True, help="How many VMs the pool has.")
-@click.option("--disks", default=1, show_default=True, help="Disks of each VM.")
+@click.option(
+    "--vms", type=click.IntRange(0), default=1, show_default=True, help="How many VMs the pool has."
+)
+@click.option(
+    "--disks", type=click.IntRange(0), default=1, show_default=True, help="Disks of each VM."
+)
 @click.option("--disk-size", type=Size(), default="64MiB", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Same seed, same pool and content.")
 @click.option(
@@ -38,7 +46,12 @@ class Size(click.ParamType[int]):
     help="A raw image that becomes the first VM's disk.",
 )
 @click.option("--rate", type=Size(), help="Bytes a second of each transfer; default: no limit.")
-@click.option("--latency", default=0.0, help="Seconds that snapshots and similar calls take.")
+@click.option(
+    "--latency",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Seconds that snapshots and similar calls take.",
+)
 def simulate(rate: int | None, **options: Any) -> None:
     """Run a simulated XCP-ng pool until interrupted.
 
@@ -53,4 +66,14 @@ def simulate(rate: int | None, **options: Any) -> None:
     def ready(info: dict[str, Any]) -> None:
         click.echo(json.dumps(info))
 
-    trio.run(functools.partial(run_standalone, chosen, ready))
+    try:
+        trio.run(functools.partial(run_standalone, chosen, ready))
+    except* OSError as errors:  # an address that is taken, or is none
+        raise Failure("\n".join(_leaves(errors))) from errors
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> list[str]:
+    found: list[str] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -182,6 +184,58 @@ def test_options_stand_before_or_after_a_subcommand(stub: Stub, xo_proxy: Any) -
     assert xo_proxy("tasks", "cancel", "t1", "--url", stub.url)[0] == 0
     assert xo_proxy("tasks", "--url", stub.url, "cancel", "t1")[0] == 0
     assert [asked["method"] for _, asked in stub.asked] == ["task.cancel"] * 2
+
+
+def test_a_group_without_default_command_takes_the_connection_too(
+    stub: Stub, xo_proxy: Any
+) -> None:
+    """A remote is told to the daemon by its URL; whether it is there is the daemon's answer."""
+    stub.body = b'{"id":0,"jsonrpc":"2.0","result":{"remote":{}}}'
+    assert xo_proxy("backups", "--url", stub.url, "list", "file:///backups")[0] == 0
+    assert len(stub.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://t0ken@[::1", "http://t0ken@host:99999", "http://t0ken@host:0", "ftp://t0ken@host"],
+)
+def test_a_url_of_no_proxy_is_told_without_its_token(xo_proxy: Any, url: str) -> None:
+    code, _, err = xo_proxy("call", "x", "--url", url)
+    assert code == 2
+    assert "is no URL of a proxy" in err
+    assert "t0ken" not in err
+
+
+def test_json_nested_too_deep_is_a_clear_error(stub: Stub, xo_proxy: Any) -> None:
+    deep = "[" * 100_000
+    code, _, err = xo_proxy("call", "x", "--json", deep, "--url", stub.url)
+    assert (code, "is not JSON" in err) == (2, True)
+    stub.body = deep.encode()
+    code, _, err = xo_proxy("call", "x", "--url", stub.url)
+    assert (code, "not JSON" in err) == (3, True)
+
+
+def test_a_full_disk_behind_the_output_is_one_line(stub: Stub) -> None:
+    """In a process of its own: the interpreter flushes its output once more at its end."""
+    words = [sys.executable, "-m", "proxy", "call", "x", "--url", stub.url, "--token", "t"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == ["xo-proxy: [Errno 28] No space left on device"]
+
+
+def test_a_taken_port_is_one_line(xo_proxy: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = xo_proxy("simulate", "--port", str(port))
+    assert (code, out) == (1, "")
+    assert "in use" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [("--vms", "-1"), ("--port", "70000"), ("--latency", "-1")])
+def test_a_pool_that_cannot_be_is_a_usage_error(xo_proxy: Any, words: tuple[str, ...]) -> None:
+    assert xo_proxy("simulate", *words)[0] == 2
 
 
 def test_parameters_of_every_form() -> None:
