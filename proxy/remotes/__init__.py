@@ -2,7 +2,9 @@
 
 from proxy.remotes.factory import RemoteOptions, open_remote, opened_remote
 from proxy.remotes.interface import (
+    Batch,
     Entry,
+    FileEditor,
     FileReader,
     FileStat,
     FileWriter,
@@ -12,7 +14,9 @@ from proxy.remotes.interface import (
 )
 
 __all__ = [
+    "Batch",
     "Entry",
+    "FileEditor",
     "FileReader",
     "FileStat",
     "FileWriter",

@@ -85,6 +85,49 @@ class FileReader(Protocol):
         ...
 
 
+class FileEditor(Protocol):
+    """An existing file, changed in place; see :meth:`Remote.edit`.  For one task at a time."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file now; grows with what is written behind its end."""
+        ...
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; fewer bytes only at the end of the file."""
+        ...
+
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Not durable until :meth:`sync`: a crash may leave any part of it."""
+        ...
+
+    async def truncate(self, size: int) -> None:
+        """Cut the file or fill it up with zeros; durable with the next :meth:`sync`."""
+        ...
+
+    async def sync(self) -> None:
+        """Everything written so far is durable when this returns."""
+        ...
+
+
+class Batch(Protocol):
+    """Many files whose bytes become durable together; see :meth:`Remote.batch`."""
+
+    async def write(self, path: str, data: bytes | memoryview) -> None:
+        """Create or replace a file, making parent directories.  Several at once are fine.
+
+        Until :meth:`commit` a crash may leave it missing, cut or with other bytes.
+        """
+        ...
+
+    async def commit(self) -> None:
+        """Every file written and every name made are durable when this returns.
+
+        Raises when the storage lost anything of them since the batch was opened.
+        """
+        ...
+
+
 class Lock(Protocol):
     async def check(self) -> None:
         """Raise ``Busy`` if the lock was lost; call right before each destructive step."""
@@ -135,6 +178,27 @@ class Remote(Protocol):
 
         On an immutable remote they go to the final name at once, which must be free.  A
         name already taken is told on entering when ``exclusive``, and decided by ``commit``.
+        """
+        ...
+
+    def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
+        """Change an existing regular file in place.  ``Refused`` (``ENOTSUP``) where the remote
+        cannot, ``Refused`` (``EPERM``) on an immutable one.  Leaving does not sync."""
+        ...
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        """Write many files fast: none has a temporary name, all are made durable at once.
+
+        For directories that nothing refers to yet.  Leaving without ``commit`` removes
+        nothing: the caller removes the directory.
+        """
+        ...
+
+    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
+        """Replace each ``new`` by its ``old``; returns the positions whose ``old`` is missing.
+
+        Parent directories of ``new`` are made.  Durable together on return; a crash, an error or a
+        cancel may leave any of them done, each whole.  Other errors end it at once.
         """
         ...
 

@@ -11,6 +11,7 @@ import trio
 
 from proxy.errors import Conflict, NotFound, ProxyError, Refused
 from proxy.remotes import paths, posix
+from proxy.remotes.deferred import EditedFile, Files, rename_all
 from proxy.remotes.lock import hold
 from proxy.remotes.new_file import NewFile, write_whole
 from proxy.runtime.deadlines import deadline, undo_within
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from proxy.remotes.interface import (
+        Batch,
         Entry,
+        FileEditor,
         FileReader,
         FileStat,
         FileWriter,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 _UNDO_SECONDS = 30
 _FILES_PER_HOP = 32
+_RENAMES_PER_HOP = 256
 _CLEAR_ROUNDS = 3
 """How often a directory is emptied again when somebody fills it while it is removed."""
 
@@ -131,6 +135,40 @@ class LocalRemote:
         else:
             await _discard(file)
 
+    def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
+        return self._edit(path)
+
+    @contextlib.asynccontextmanager
+    async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
+        if self.is_immutable:
+            raise _immutable("changed", path)
+        file = await in_thread(Work.DISK, EditedFile, self._root, path)
+        try:
+            yield _Editor(file)
+        finally:
+            file.close()
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        return self._batch()
+
+    @contextlib.asynccontextmanager
+    async def _batch(self) -> AsyncIterator[Batch]:
+        files = await in_thread(Work.DISK, Files, self._root)
+        try:
+            yield _Batch(files)
+        finally:
+            files.close()
+
+    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
+        if self.is_immutable and pairs:
+            raise _immutable("renamed", pairs[0][0])
+        missing: deque[int] = deque()
+        for first in range(0, len(pairs), _RENAMES_PER_HOP):
+            some = pairs[first : first + _RENAMES_PER_HOP]
+            found = await in_thread(Work.DISK, rename_all, self._root, some)
+            missing.extend(first + position for position in found)
+        return tuple(missing)
+
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
         return self._open_read(path)
 
@@ -150,11 +188,7 @@ class LocalRemote:
 
     async def rename(self, old: str, new: str) -> None:
         if self.is_immutable:
-            raise Refused(
-                f"EPERM: '{old}' cannot be renamed on an immutable remote",
-                code="EPERM",
-                data={"path": old},
-            )
+            raise _immutable("renamed", old)
         await in_thread(Work.DISK, self._root.rename, old, new)
 
     async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
@@ -252,6 +286,14 @@ class LocalRemote:
             pending.extend(reversed(below))
 
 
+def _immutable(what: str, path: str) -> Refused:
+    return Refused(
+        f"EPERM: '{path}' cannot be {what} on an immutable remote",
+        code="EPERM",
+        data={"path": path},
+    )
+
+
 async def _discard(file: NewFile) -> None:
     with undo_within(f"removing the temporary file of '{file.path}'", _UNDO_SECONDS):
         # abandoned on a remote that hangs: it removes only what nobody else knows
@@ -295,3 +337,35 @@ class _Reader:
                 return posix.read_at(self._descriptor, offset, length)
 
         return await in_thread(Work.DISK, read)
+
+
+class _Editor:
+    def __init__(self, file: EditedFile) -> None:
+        self._file = file
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        return await in_thread(Work.DISK, self._file.read_into, offset, buffer)
+
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        await in_thread(Work.DISK, self._file.write_at, offset, data)
+
+    async def truncate(self, size: int) -> None:
+        await in_thread(Work.DISK, self._file.truncate, size)
+
+    async def sync(self) -> None:
+        await in_thread(Work.DISK, self._file.sync)
+
+
+class _Batch:
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    async def write(self, path: str, data: bytes | memoryview) -> None:
+        await in_thread(Work.DISK, self._files.write, path, data)
+
+    async def commit(self) -> None:
+        await in_thread(Work.DISK, self._files.sync)

@@ -154,12 +154,12 @@ class Root:
 
     # -- reading
 
-    def open_file(self, path: str) -> tuple[int, int]:
-        """A descriptor for reading and the size.  ``Conflict`` (``EISDIR``) for anything but
+    def open_file(self, path: str, access: int = os.O_RDONLY) -> tuple[int, int]:
+        """A descriptor for ``access`` and the size.  ``Conflict`` (``EISDIR``) for anything but
         a regular file: a device or a pipe that somebody placed there is never read."""
         with self.translated("open", path), self.parent(path) as (here, name):
             # without O_NONBLOCK opening a pipe waits for its writer
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            flags = access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             try:
                 descriptor = os.open(name, flags, dir_fd=here)
             except OSError as error:

@@ -2,7 +2,8 @@
 
 Only ``Unreachable`` passes: a full disk, a missing file, a refusal or a bug are the same the
 second time.  What cannot be repeated is not: bytes of an open file, a commit, and exclusive
-writes, whose first try may have happened after all.
+writes, whose first try may have happened after all.  Nor is a sync: after a failed one the
+kernel calls lost pages clean, and a second one would succeed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _REPEATABLE = frozenset(
     {
         *("read_file", "read.open", "read.read_into", "read.read_at", "list", "stat", "info"),
         *("write_file", "create.open", "rename", "unlink", "mktree", "rmdir", "rmtree"),
-        "lock.check",
+        *("edit.open", "edit.read_into", "edit.write_at", "edit.truncate", "batch.open"),
+        *("batch.write", "lock.check"),
     }
 )
 

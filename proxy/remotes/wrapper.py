@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from proxy.errors import ProxyError
     from proxy.remotes.interface import (
+        Batch,
         Entry,
+        FileEditor,
         FileReader,
         FileStat,
         FileWriter,
@@ -33,8 +35,10 @@ class Operation:
     """One call on a remote, or on a file or lock that it opened.
 
     ``verb`` is the method's name, or one of ``create.open create.write create.commit
-    create.close read.open read.read_into read.read_at lock.acquire lock.held lock.check
-    lock.release``; ``create.close`` and ``lock.release`` come before the undo or release.
+    create.close read.open read.read_into read.read_at edit.open edit.read_into edit.write_at
+    edit.truncate edit.sync batch.open batch.write batch.commit lock.acquire lock.held
+    lock.check lock.release``; ``create.close`` and ``lock.release`` come before the undo or
+    release.
     ``path`` is as the caller gave it.
     """
 
@@ -47,6 +51,10 @@ class Operation:
     data: bytes | memoryview | None = None
     """What is written; valid only during the call."""
     exclusive: bool = False
+    offset: int = 0
+    """``edit.*``: where in the file."""
+    pairs: Sequence[tuple[str, str]] = ()
+    """``rename_all``: old and new names."""
     partially: Callable[[int], Awaitable[None]] | None = None
     """Of writes: do it with the first so many bytes alone."""
 
@@ -110,6 +118,35 @@ class Wrapper:
             # on the stack, a fault in it never skips the inner file's own end
             stack.push_async_callback(self.around, end, _nothing)
             yield _Writer(self, path, file, exclusive=exclusive)
+
+    def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
+        return self._edit(path)
+
+    @contextlib.asynccontextmanager
+    async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
+        async with contextlib.AsyncExitStack() as stack:
+            file = await self.around(
+                Operation("edit.open", path),
+                lambda: stack.enter_async_context(self.inner.edit(path)),
+            )
+            yield _Editor(self, path, file)
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        return self._batch()
+
+    @contextlib.asynccontextmanager
+    async def _batch(self) -> AsyncIterator[Batch]:
+        async with contextlib.AsyncExitStack() as stack:
+            inner = await self.around(
+                Operation("batch.open", ""), lambda: stack.enter_async_context(self.inner.batch())
+            )
+            yield _Batch(self, inner)
+
+    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
+        first = pairs[0][0] if pairs else ""
+        return await self.around(
+            Operation("rename_all", first, pairs=pairs), lambda: self.inner.rename_all(pairs)
+        )
 
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
         return self._open_read(path)
@@ -222,6 +259,66 @@ class _Reader:
             Operation("read.read_at", self._path, size=length),
             lambda: self._inner.read_at(offset, length),
         )
+
+
+class _Editor:
+    def __init__(self, owner: Wrapper, path: str, inner: FileEditor) -> None:
+        self._owner = owner
+        self._path = path
+        self._inner = inner
+
+    @property
+    def size(self) -> int:
+        return self._inner.size
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        return await self._owner.around(
+            Operation("edit.read_into", self._path, size=len(buffer), offset=offset),
+            lambda: self._inner.read_into(offset, buffer),
+        )
+
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        await self._owner.around(
+            Operation(
+                "edit.write_at",
+                self._path,
+                size=len(data),
+                data=data,
+                offset=offset,
+                partially=lambda size: self._inner.write_at(offset, memoryview(data)[:size]),
+            ),
+            lambda: self._inner.write_at(offset, data),
+        )
+
+    async def truncate(self, size: int) -> None:
+        await self._owner.around(
+            Operation("edit.truncate", self._path, offset=size),
+            lambda: self._inner.truncate(size),
+        )
+
+    async def sync(self) -> None:
+        await self._owner.around(Operation("edit.sync", self._path), self._inner.sync)
+
+
+class _Batch:
+    def __init__(self, owner: Wrapper, inner: Batch) -> None:
+        self._owner = owner
+        self._inner = inner
+
+    async def write(self, path: str, data: bytes | memoryview) -> None:
+        await self._owner.around(
+            Operation(
+                "batch.write",
+                path,
+                size=len(data),
+                data=data,
+                partially=lambda size: self._inner.write(path, memoryview(data)[:size]),
+            ),
+            lambda: self._inner.write(path, data),
+        )
+
+    async def commit(self) -> None:
+        await self._owner.around(Operation("batch.commit", ""), self._inner.commit)
 
 
 class _Lock:

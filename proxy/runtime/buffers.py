@@ -45,11 +45,15 @@ class Buffer:
 
 
 class BufferPool:
-    """At most ``count`` buffers of ``size`` bytes, allocated when first needed."""
+    """At most ``count`` buffers of ``size`` bytes, allocated when first needed.
 
-    def __init__(self, count: int, size: int = BLOCK) -> None:
+    A new buffer starts with ``prefix``; whoever overwrites it puts it back.
+    """
+
+    def __init__(self, count: int, size: int = BLOCK, *, prefix: bytes = b"") -> None:
         self.size = size
         self.count = count
+        self._prefix = prefix
         self._made = 0
         # The memory alone: buffers know their pool, and a cycle would keep a finished
         # transfer's memory until the garbage collector comes by.
@@ -63,7 +67,9 @@ class BufferPool:
             return Buffer(self, self._free.pop())
         self._made += 1
         # Pages of their own: freed memory of this size inside the heap is not given back.
-        return Buffer(self, memoryview(mmap.mmap(-1, self.size)))
+        memory = memoryview(mmap.mmap(-1, self.size))
+        memory[: len(self._prefix)] = self._prefix
+        return Buffer(self, memory)
 
     def put_back(self, memory: memoryview) -> None:
         self._free.append(memory)

@@ -1,0 +1,248 @@
+"""What every virtual disk is here: a size, a set of blocks, and a way to read them in order.
+
+A block is 2 MiB of the disk at byte ``index * 2 MiB``; the last one is padded with zeros.  A block
+travels in a :class:`~proxy.runtime.buffers.Buffer` of :data:`~proxy.formats.vhd.STORED_BLOCK`
+bytes: the bitmap of a VHD block (all ones), then the data.  So it goes to and from VHD files
+and VHD directories without being copied or joined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK, blocks_of
+from proxy.runtime.buffers import Buffer, BufferPool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+
+class Blocks:
+    """Which of a disk's ``count`` blocks are present.  Immutable; iterates upwards."""
+
+    __slots__ = ("_flags",)
+
+    def __init__(self, flags: bytes) -> None:
+        """``flags`` has one byte a block, 1 where it is present, else 0."""
+        self._flags = flags
+
+    @classmethod
+    def of(cls, indexes: Iterable[int], count: int) -> Blocks:
+        """Raises ``IndexError`` for an index that is not below ``count``."""
+        flags = bytearray(count)
+        for index in indexes:
+            flags[index] = 1
+        return cls(bytes(flags))
+
+    @classmethod
+    def everything(cls, count: int) -> Blocks:
+        return cls(b"\1" * count)
+
+    @property
+    def count(self) -> int:
+        """Blocks of the disk, present or not."""
+        return len(self._flags)
+
+    def __len__(self) -> int:
+        return self._flags.count(1)
+
+    def __contains__(self, index: int) -> bool:
+        return 0 <= index < len(self._flags) and self._flags[index] == 1
+
+    def __iter__(self) -> Iterator[int]:
+        index = self._flags.find(1)
+        while index >= 0:
+            yield index
+            index = self._flags.find(1, index + 1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Blocks) and self._flags == other._flags
+
+    def __hash__(self) -> int:
+        return hash(self._flags)
+
+    def __or__(self, other: Blocks) -> Blocks:
+        """The union, as long as the longer of the two."""
+        size = max(self.count, other.count)
+        merged = int.from_bytes(self._flags, "little") | int.from_bytes(other._flags, "little")
+        return Blocks(merged.to_bytes(size, "little"))
+
+    def resized(self, count: int) -> Blocks:
+        """The same blocks of a disk of ``count``: those behind its end are gone."""
+        return Blocks(self._flags[:count].ljust(count, b"\0"))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} of {self.count} blocks>"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block on its way.  Whoever has it last calls ``buffer.release()``."""
+
+    index: int
+    buffer: Buffer
+
+    @property
+    def stored(self) -> memoryview:
+        """Bitmap and data, as a VHD holds them."""
+        return self.buffer.memory
+
+    @property
+    def data(self) -> memoryview:
+        return self.buffer.memory[BITMAP_SIZE:]
+
+
+class BlockReader(Protocol):
+    """Blocks in the order in which they come; used by one task."""
+
+    async def next(self) -> Block | None:
+        """The next block, ``None`` behind the last.
+
+        Each present block comes exactly once.  Raises what reading raises: ``Corrupt``,
+        ``Unreachable``, ``XapiError``…; ``None`` means that the source confirmed its end.
+        """
+        ...
+
+
+class Disk(Protocol):
+    """A virtual disk that can be read once from its first to its last block.
+
+    Disks that can be read at any place are :class:`RandomDisk` and may be read any number of
+    times.  Whoever opened the disk closes it: a disk is made by an ``async with``.
+    """
+
+    virtual_size: int
+    """Bytes; a multiple of 512."""
+    is_differencing: bool
+    """Blocks that it lacks are those of its parent; otherwise they are zeros."""
+    blocks: Blocks
+    """Those that it has itself, never its parent's."""
+
+    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
+        """Read all blocks of :attr:`blocks`, ascending unless the source is a stream that
+        has them in another order.
+
+        ``pool`` (see :func:`block_pool`) bounds the memory and the read-ahead.  Leaving the
+        block early stops reading; a cancel leaves nothing running.
+        """
+        ...
+
+
+class RandomDisk(Disk, Protocol):
+    """A disk whose blocks can be read in any order, several at once."""
+
+    async def read_block(self, index: int, into: memoryview) -> None:
+        """Fill ``into`` (:data:`STORED_BLOCK` bytes, its bitmap already all ones) with a present
+        block.  Raises ``Corrupt`` when it is not what its format says.  On cancel the
+        content of ``into`` is undefined.
+        """
+        ...
+
+
+DEPTH: Final = 4
+"""Blocks that are read at once from a disk with random access."""
+
+
+def block_pool(count: int) -> BufferPool:
+    """A pool of ``count`` buffers for whole blocks; their bitmaps are all ones."""
+    return BufferPool(count, STORED_BLOCK, prefix=FULL_BITMAP)
+
+
+def block_count(virtual_size: int) -> int:
+    return blocks_of(virtual_size)
+
+
+def length_of(index: int, virtual_size: int) -> int:
+    """Bytes of block ``index`` that belong to the disk: 2 MiB but for the last."""
+    return min(BLOCK_SIZE, virtual_size - index * BLOCK_SIZE)
+
+
+@contextlib.asynccontextmanager
+async def read_in_order(
+    disk: RandomDisk, pool: BufferPool, *, depth: int = DEPTH
+) -> AsyncIterator[BlockReader]:
+    """:meth:`Disk.read` for a disk with random access: up to ``depth`` reads at once, in order.
+
+    The first error is raised in its block's turn, after the blocks before it.
+    """
+    async with trio.open_nursery() as nursery:
+        reader = _Ahead(disk, pool, nursery, depth)
+        try:
+            yield reader
+        finally:
+            nursery.cancel_scope.cancel()
+            reader.close()
+
+
+class _Ahead:
+    """Starts reads as long as the pool gives buffers at once, at least one."""
+
+    def __init__(
+        self, disk: RandomDisk, pool: BufferPool, nursery: trio.Nursery, depth: int
+    ) -> None:
+        self._disk = disk
+        self._pool = pool
+        self._nursery = nursery
+        self._depth = depth
+        self._left = iter(disk.blocks)
+        self._ended = False
+        self._reads: list[_Read] = []
+
+    async def next(self) -> Block | None:
+        await self._start()
+        if not self._reads:
+            return None
+        read = self._reads[0]
+        await read.done.wait()
+        self._reads.pop(0)
+        if read.error is not None:
+            read.buffer.release()
+            raise read.error
+        return Block(read.index, read.buffer)
+
+    async def _start(self) -> None:
+        while not self._ended and len(self._reads) < self._depth:
+            if self._reads and self._pool.in_use >= self._pool.count:
+                return  # waiting would keep back a block that is there
+            buffer = await self._pool.acquire()
+            index = next(self._left, None)
+            if index is None:
+                self._ended = True
+                buffer.release()
+                return
+            read = _Read(index, buffer)
+            self._reads.append(read)
+            self._nursery.start_soon(read.run, self._disk)
+
+    def close(self) -> None:
+        """Give back what was read ahead; the reads themselves have been cancelled."""
+        for read in self._reads:
+            read.abandoned = True
+            if read.done.is_set():
+                read.buffer.release()
+        self._reads.clear()
+
+
+class _Read:
+    def __init__(self, index: int, buffer: Buffer) -> None:
+        self.index = index
+        self.buffer = buffer
+        self.done = trio.Event()
+        self.error: Exception | None = None
+        self.abandoned = False
+
+    async def run(self, disk: RandomDisk) -> None:
+        try:
+            await disk.read_block(self.index, self.buffer.memory)
+            self.buffer.length = len(self.buffer.memory)
+        except Exception as error:  # noqa: BLE001  raised in its turn by ``next``
+            self.error = error
+        finally:
+            self.done.set()
+            if self.abandoned:
+                self.buffer.release()
