@@ -33,7 +33,8 @@ class Nearest:
 
     snapshot_ref: str
     snapshot_uuid: str
-    difference: Disk
+    difference: Disk | None
+    """``None``: a clone of the snapshot is what was backed up."""
 
 
 async def find_nearest(
@@ -84,10 +85,10 @@ async def _find(
             tip = disk_path(backup.id, str(relative))
             if tip is None or other.get("virtual_size") != vdi.get("virtual_size"):
                 continue
+            if tip == path:
+                return Nearest(snapshot_ref, other["uuid"], None)
             wanted = await stack.enter_async_context(open_chain(remote, path))
             # what changed since: the disks behind ours, each a delta, up to the snapshot's
-            if tip == path:
-                return Nearest(snapshot_ref, other["uuid"], Negative(wanted, None))
             since = await stack.enter_async_context(open_chain(remote, tip, until=path))
             return Nearest(snapshot_ref, other["uuid"], Negative(wanted, since))
     return None

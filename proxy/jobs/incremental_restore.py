@@ -46,8 +46,8 @@ class _Disk:
     ref: str
     """Of the VDI in the backup's records."""
     vdi: Record
-    content: Disk
-    """What is sent; with ``nearest`` only the difference to it."""
+    content: Disk | None
+    """What is sent; with ``nearest`` only the difference to it, if there is any."""
     sr_ref: str
     nearest: Nearest | None
     made: str = ""
@@ -107,7 +107,7 @@ class _Restore:
         memory_ref = self._metadata["vmSnapshot"].get("suspend_VDI")
         async with contextlib.AsyncExitStack() as stack:
             disks = await self._open_disks(stack, memory_ref)
-            total = sum(len(disk.content.blocks) for disk in disks) * BLOCK_SIZE
+            total = sum(_blocks(disk.content) for disk in disks) * BLOCK_SIZE
             transfer.progress(0, total)
             made = await stack.enter_async_context(_undone_on_failure(xapi))
             memory = next((disk for disk in disks if disk.ref == memory_ref), None)
@@ -169,7 +169,7 @@ class _Restore:
                     xapi, self._remote, self._record, vdi, sr_ref, path, stack
                 )
             if nearest is None:
-                content: Disk = await stack.enter_async_context(open_chain(self._remote, path))
+                content: Disk | None = await stack.enter_async_context(open_chain(self._remote, path))
             else:
                 content = nearest.difference
                 self._task.info(
@@ -177,7 +177,7 @@ class _Restore:
                     {
                         "disk": vdi["uuid"],
                         "snapshot": nearest.snapshot_uuid,
-                        "blocks": len(content.blocks),
+                        "blocks": _blocks(content),
                     },
                 )
             found.append(_Disk(ref, vdi, content, sr_ref, nearest))
@@ -253,8 +253,8 @@ class _Restore:
             raise failures[0]
 
     async def _send(self, disk: _Disk, pool: BufferPool, moved: Any) -> None:
-        if disk.nearest is not None and not len(disk.content.blocks):
-            return  # the clone is what was backed up
+        if disk.content is None:
+            return
         await import_vdi(
             self._xapi,
             disk.made,
@@ -263,6 +263,10 @@ class _Restore:
             uuid=UUID(disk.vdi["uuid"]),
             progress=moved,
         )
+
+
+def _blocks(disk: Disk | None) -> int:
+    return 0 if disk is None else len(disk.blocks)
 
 
 @dataclass(slots=True)
