@@ -49,7 +49,7 @@ class Negative:
         if index in self._parent.blocks:
             await self._parent.read_block(index, into)
         else:
-            into[BITMAP_SIZE:] = _ZEROS
+            into[BITMAP_SIZE:] = _ZEROS[: len(into) - BITMAP_SIZE]
 
 
-_ZEROS = bytes(BLOCK_SIZE)
+_ZEROS = memoryview(bytes(BLOCK_SIZE))
