@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK, blocks_of
+from proxy.runtime.background import background
 from proxy.runtime.buffers import Buffer, BufferPool
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Blocks:
     def __init__(self, flags: bytes) -> None:
         """``flags`` has one byte a block, 1 where it is present, else 0."""
         self._flags = flags
+
+    @property
+    def flags(self) -> bytes:
+        """One byte a block, 1 where it is present."""
+        return self._flags
 
     @classmethod
     def of(cls, indexes: Iterable[int], count: int) -> Blocks:
@@ -170,12 +176,11 @@ async def read_in_order(
 
     The first error is raised in its block's turn, after the blocks before it.
     """
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         reader = _Ahead(disk, pool, nursery, depth)
         try:
             yield reader
         finally:
-            nursery.cancel_scope.cancel()
             reader.close()
 
 
