@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 UNIT = 1024 * 1024
+BLOCK = 2 * UNIT
+"""What VHD streams and change tracking count in."""
 _VARIANTS = 16
 _ZERO = bytes(UNIT)
 _STAMP = struct.Struct(">8sQQQ")
@@ -137,8 +139,55 @@ class DiskContent:
         return other
 
     def resize(self, size: int) -> None:
-        """Grow with zeros."""
+        """Grow with zeros.  A disk does not shrink."""
+        number, length = divmod(self.size, UNIT)
+        if length and size > self.size:
+            # what stood in the last unit ends here, however much of it was generated
+            self._written[number] = _kept(memoryview(self._padded(number)))
         self.size = size
+
+    # Changes
+
+    def changed_units(self, base: DiskContent) -> list[int]:
+        """The 2 MiB blocks, ascending, whose bytes differ from those of ``base``.
+
+        Exact: beyond the end of ``base`` there are zeros.  Costs little for a snapshot or a
+        clone, where only the units that either side wrote are looked at.
+        """
+        if self._origin == base._origin:
+            numbers = self._written.keys() | base._written.keys()
+            if self.size != base.size:
+                numbers.add(min(self.size, base.size) // UNIT)
+        else:
+            numbers = set(range(-(-self.size // UNIT)))
+        blocks = {number // 2 for number in numbers if self._differs(base, number)}
+        return sorted(blocks)
+
+    @property
+    def _origin(self) -> tuple[object, ...]:
+        return self._kind, self._seed, self._fill, self.file, self._base_size
+
+    def _visible(self, number: int) -> int:
+        """Bytes of a unit that lie inside the disk."""
+        return max(0, min(UNIT, self.size - number * UNIT))
+
+    def _padded(self, number: int) -> bytes:
+        """A unit with zeros behind the end of the disk."""
+        length = self._visible(number)
+        pieces = self.read(number * UNIT, length) if length else None
+        return _ZERO if pieces is None else b"".join(pieces).ljust(UNIT, b"\0")
+
+    def _differs(self, base: DiskContent, number: int) -> bool:
+        length = self._visible(number)
+        if not length:
+            return False
+        ours, theirs = self._unit(number), base._unit(number)
+        if length == base._visible(number):
+            if ours is theirs or ours == theirs:
+                return False
+            if length == UNIT and isinstance(ours, Stamped) and isinstance(theirs, Stamped):
+                return True
+        return self._padded(number) != base._padded(number)
 
     def _unit(self, number: int) -> Stamped | bytes | None:
         if number in self._written:
