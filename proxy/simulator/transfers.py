@@ -211,3 +211,20 @@ class Outlet:
         elif fault.cut == "reset":
             await self._wire.reset()
         raise _Cut
+
+
+# In
+
+
+class Inlet(Outlet):
+    """Passes what was received through the byte gates and faults, in the same places."""
+
+    async def take(self, size: int) -> None:
+        """Account for ``size`` received bytes: stops where a gate or a cut stands."""
+        while size:
+            part = self._until_stop(size)
+            self._transfer.sent += part
+            size -= part
+            if self._fault and self._fault.rate:
+                await trio.sleep_until(self._started + self._transfer.sent / self._fault.rate)
+            await self._stops()
