@@ -117,8 +117,7 @@ async def pump(
             batch, read, more = await in_thread(Work.DISK, _collect, pieces)
         else:
             batch, read, more = _collect(pieces)
-        for piece in batch:
-            await outlet.send(piece)
+        await outlet.send_together(batch)
         if not more:
             return
         done += read
