@@ -169,7 +169,9 @@ class _Restore:
                     xapi, self._remote, self._record, vdi, sr_ref, path, stack
                 )
             if nearest is None:
-                content: Disk | None = await stack.enter_async_context(open_chain(self._remote, path))
+                content: Disk | None = await stack.enter_async_context(
+                    open_chain(self._remote, path)
+                )
             else:
                 content = nearest.difference
                 self._task.info(

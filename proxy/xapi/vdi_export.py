@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from proxy.disks.disk import read_in_order
+from proxy.disks.disk import RandomAccess
 from proxy.disks.qcow2_stream import open_qcow2_stream
 from proxy.disks.vhd_stream import open_vhd_stream
 from proxy.errors import ProxyError, Refused
@@ -193,7 +193,7 @@ class _Ladder:
         self._steps.append(StepDown(way, error.code, error.message))
 
 
-class _NbdDisk:
+class _NbdDisk(RandomAccess):
     """The blocks of a map, the data of an NBD export."""
 
     def __init__(
@@ -203,13 +203,6 @@ class _NbdDisk:
         self.is_differencing = is_differencing
         self.blocks = blocks
         self._export = export
-
-    @property
-    def order(self) -> list[int]:
-        return list(self.blocks)
-
-    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
-        return read_in_order(self, pool)
 
     async def read_block(self, index: int, into: memoryview) -> None:
         await self._export.read_block(index, into)
