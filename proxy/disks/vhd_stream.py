@@ -111,7 +111,7 @@ async def open_vhd_stream(source: ByteSource) -> VhdStream:
     count = block_count(footer.current_size)
     raw = bytearray(4 * count)
     await stream.fill(memoryview(raw))
-    table = vhd.parse_table(raw, count)
+    table = vhd.parse_table(memoryview(raw), count)
     check_table(table, header, footer.current_size, None)
     return VhdStream(stream, footer, header, table)
 
