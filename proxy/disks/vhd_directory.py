@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -164,7 +164,7 @@ async def create_vhd_directory(
     alias_path: str,
     shape: Shape,
     *,
-    compression: Literal["brotli", "gzip", "none"] = "brotli",
+    compression: Compression = Compression.BROTLI,
     concurrency: int = _CONCURRENCY,
 ) -> AsyncIterator[DiskWriter]:
     """Write a disk that will be known as ``alias_path``; its data goes where
@@ -189,12 +189,12 @@ async def create_vhd_directory(
     by the pool that they are from.
     """
     directory = data_path(alias_path)
-    chunks = _chunks(shape, Compression(compression))
+    chunks = _chunks(shape, compression)
     await _make_room(remote, alias_path, directory)
     writer: _Writer | None = None
     try:
         async with remote.batch() as batch:
-            writer = _Writer(remote, batch, alias_path, chunks, shape, Compression(compression))
+            writer = _Writer(remote, batch, alias_path, chunks, shape, compression)
             async with background() as nursery:
                 for _ in range(concurrency):
                     nursery.start_soon(writer.work)

@@ -10,6 +10,7 @@ import trio
 
 from proxy.disks.disk import block_pool
 from proxy.errors import Canceled, Many, ProxyError
+from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
 from proxy.jobs.disk_copying import DiskFanOut
@@ -31,6 +32,7 @@ from proxy.xapi.vdi_export import ExportOptions, VdiExport, export_vdi
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from proxy.jobs.disk_snapshots import Group
     from proxy.runtime.buffers import BufferPool
     from proxy.tasks import Task
 
@@ -145,7 +147,7 @@ class _Attempt:
                     await shut_down(backup)
                 if backup.settings.cbt_destroy_snapshot_data:
                     await self._enable_cbt()
-                async with self._snapshot() as ref:
+                async with self._snapshot(groups) as ref:
                     if backup.settings.offline_snapshot:
                         # No reason to lose the backup: it is tried again at the end.
                         with contextlib.suppress(ProxyError):
@@ -157,9 +159,14 @@ class _Attempt:
                     await self._drop_data(ref)
 
     @contextlib.asynccontextmanager
-    async def _snapshot(self) -> AsyncIterator[str]:
+    async def _snapshot(self, groups: Sequence[Group]) -> AsyncIterator[str]:
         """The snapshot for the block; it stays as the next base if a target has its backup."""
-        async with snapshot(self._task, self._backup, keep=lambda: bool(self._stored)) as ref:
+        async with snapshot(
+            self._task,
+            self._backup,
+            newer_than=groups[-1][0].datetime if groups else "",
+            keep=lambda: bool(self._stored),
+        ) as ref:
             try:
                 yield ref
             finally:
@@ -291,7 +298,7 @@ class _Attempt:
             timestamp=now_ms(),
             newest_parent=max(parents, default="").partition(".")[0],
             stored=self._stored,
-            codec=backup.defaults.vhd_directory_compression,
+            codec=Compression(backup.defaults.vhd_directory_compression),
             max_merged=None if merged is None else int(merged),
             progress=Progress(len(self._exported)),
             bottleneck=self._bottleneck,

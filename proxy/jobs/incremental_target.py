@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import trio
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from proxy.disks.disk import Disk
+    from proxy.formats.vhd_directory import Compression
     from proxy.jobs.disk_copying import DiskConsumer
     from proxy.jobs.incremental_metadata import ExportedDisk
     from proxy.repository.incremental_writer import IncrementalBackupWriter
@@ -66,7 +67,7 @@ class IncrementalCopy:
     """Date name of the youngest parent of any disk: ours must sort behind it."""
     stored: set[str]
     """Receives the id of each target that has its backup, even if its task fails later."""
-    codec: Literal["brotli", "gzip", "none"]
+    codec: Compression
     """For the blocks of disks without parent, where the remote keeps directories."""
     max_merged: int | None
     progress: Progress

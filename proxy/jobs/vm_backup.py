@@ -73,12 +73,17 @@ def refuse_vm(backup: VmBackup) -> None:
 
 @contextlib.asynccontextmanager
 async def snapshot(
-    task: Task, backup: VmBackup, *, keep: Callable[[], bool] = lambda: False
+    task: Task,
+    backup: VmBackup,
+    *,
+    newer_than: str = "",
+    keep: Callable[[], bool] = lambda: False,
 ) -> AsyncIterator[str]:
     """A snapshot with all its keys for the block.
 
     When the block fails, also by a cancel, it is destroyed unless ``keep()`` says otherwise;
-    when the block ends well it stays, and retention decides.
+    when the block ends well it stays, and retention decides.  Its time sorts behind
+    ``newer_than`` (a sortable time of an earlier one): the keys know only whole seconds.
     """
     xapi = backup.xapi
     marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
@@ -92,13 +97,12 @@ async def snapshot(
                 marks=marks,
             )
             await stack.enter_async_context(_destroyed_on_failure(xapi, ref, keep))
-            taken = time.time()
             await ownership.set_keys(
                 xapi,
                 ref,
                 {
                     ownership.SR: None,
-                    ownership.DATETIME: _key_date(taken),
+                    ownership.DATETIME: _key_date(newer_than),
                     ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
                     ownership.JOB: backup.job.id,
                     ownership.SCHEDULE: backup.job.schedule_id,
@@ -128,8 +132,10 @@ async def _destroyed_on_failure(
         raise
 
 
-def _key_date(seconds: float) -> str:
-    date = date_name(seconds * 1000)
+def _key_date(newer_than: str) -> str:
+    seconds = time.time()
+    while (date := date_name(seconds * 1000)) <= newer_than:
+        seconds += 1
     return f"{date[:11]}:{date[11:13]}:{date[13:]}"
 
 

@@ -202,8 +202,9 @@ class _VmRun:
             return []
         async with self._locked(task, backup.uuid, wanted) as targets:
             lost = [one for one in wanted if one not in {target.id for target in targets}]
-            mode = incremental_backup if self._job.mode == "delta" and targets else full_backup
-            return lost + await mode.back_up(task, backup, targets)
+            if self._job.mode == "delta" and targets:
+                return lost + await incremental_backup.back_up(task, backup, targets)
+            return lost + await full_backup.back_up(task, backup, targets)
 
     @contextlib.asynccontextmanager
     async def _locked(

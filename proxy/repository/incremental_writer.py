@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from proxy.disks.disk import Block
     from proxy.disks.writing import DiskWriter, Shape
+    from proxy.formats.vhd_directory import Compression
     from proxy.remotes.interface import Remote
     from proxy.repository.metadata import Backup
 
@@ -45,7 +46,13 @@ class IncrementalBackupWriter:
 
     @contextlib.asynccontextmanager
     async def disk(
-        self, vdi_ref: str, job_id: str, disk_uuid: str, shape: Shape, *, compression: str
+        self,
+        vdi_ref: str,
+        job_id: str,
+        disk_uuid: str,
+        shape: Shape,
+        *,
+        compression: Compression,
     ) -> AsyncIterator[DiskWriter]:
         """Write one disk; the metadata will name it under ``vdi_ref`` once it is committed.
 

@@ -10,6 +10,7 @@ from proxy.disks.alias import is_alias
 from proxy.disks.opening import open_chain, open_disk
 from proxy.disks.vhd_directory import VhdDirectory
 from proxy.errors import NotFound, ProxyError
+from proxy.formats.vhd_directory import Compression
 from proxy.repository.paths import disk_directory
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Parent:
     """Of its file or alias: what the child's header says."""
     path: str
     uuid: UUID
-    compression: str
+    compression: Compression
     """Of its blocks where it is a directory; its children use the same, so that a merge by
     whoever does it can move blocks as they are.  ``none`` for a file."""
 
@@ -68,7 +69,7 @@ async def find_parent(
                 if disk.uuid != wanted:
                     continue
                 is_directory = isinstance(disk, VhdDirectory)
-                compression = disk.compression if isinstance(disk, VhdDirectory) else "none"
+                compression = disk.compression if isinstance(disk, VhdDirectory) else None
             async with open_chain(remote, path):
                 pass
         except ProxyError as error:
@@ -82,7 +83,9 @@ async def find_parent(
                 + " now",
                 {"path": path},
             )
-        return Parent(name=name, path=path, uuid=wanted, compression=compression)
+        return Parent(
+            name=name, path=path, uuid=wanted, compression=compression or Compression.NONE
+        )
     if unreadable:
         return NoParent(
             "UNREADABLE",

@@ -25,10 +25,8 @@ from proxy.xapi.transfer import download
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
 
-    from proxy.disks.disk import BlockReader, Blocks, Disk
-    from proxy.runtime.buffers import BufferPool
+    from proxy.disks.disk import Blocks, Disk
     from proxy.xapi import Xapi
     from proxy.xapi.nbd_client import NbdExport
 

@@ -139,7 +139,16 @@ async def test_recorded_disks_read_as_others_read_them(tmp_path: Path) -> None:
 async def test_a_disk_of_another_tool_is_read(remote: Faults, tmp_path: Path) -> None:
     raw = tmp_path / "b.raw"
     raw.write_bytes(flat({1: content(5), 3: content(6)}, 8 * MIB))
-    words = ["qemu-img", "convert", "-f", "raw", "-O", "vpc", "-o", "subformat=dynamic,force_size=on"]
+    words = [
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "vpc",
+        "-o",
+        "subformat=dynamic,force_size=on",
+    ]
     subprocess.run([*words, raw, tmp_path / "b.vhd"], check=True)
     assert await read(remote, "b.vhd") == raw.read_bytes()
 

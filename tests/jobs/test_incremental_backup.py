@@ -95,9 +95,7 @@ async def test_a_chain_of_backups_restores_at_every_point(tmp_path: Path, remote
 
 
 @pytest.mark.parametrize("remote", KINDS)
-async def test_retention_merges_and_every_point_left_restores(
-    tmp_path: Path, remote: str
-) -> None:
+async def test_retention_merges_and_every_point_left_restores(tmp_path: Path, remote: str) -> None:
     async with house_of(tmp_path) as house:
         points: list[list[str]] = []
         for number in range(5):
@@ -118,9 +116,7 @@ async def test_retention_merges_and_every_point_left_restores(
 async def test_the_logs_are_the_recorded_ones(tmp_path: Path) -> None:
     async with house_of(tmp_path, disks_per_vm=2, disk_size=8 * MIB) as house:
         for run in ("delta-run1", "delta-run2", "delta-run3"):
-            outcome = await house.run(
-                house.request(mode="delta", settings={"exportRetention": 2})
-            )
+            outcome = await house.run(house.request(mode="delta", settings={"exportRetention": 2}))
             ours = [record for record in outcome.log if record.get("message") != "disks"]
             lines = (FIXTURES / "jobs" / f"{run}.ndjson").read_text().splitlines()
             assert shape(ours) == shape([json.loads(line) for line in lines][1:])
@@ -216,17 +212,19 @@ async def test_a_new_disk_is_full_and_the_others_stay_deltas(tmp_path: Path) -> 
         assert await restored(house, house.backups()[-1]) == digests(house)
 
 
-async def test_a_disk_that_grew_stays_a_delta(tmp_path: Path) -> None:
-    async with house_of(tmp_path) as house:
-        await back_up(house)
+@pytest.mark.parametrize("remote", KINDS)
+async def test_a_disk_that_grew_stays_a_delta(tmp_path: Path, remote: str) -> None:
+    """Seen on Xen Orchestra: a grown disk that was merged into a directory was unreadable."""
+    async with house_of(tmp_path, running=False) as house:
+        await back_up(house, remote)
         house.pool.do("VDI.resize", house.pool.store.by_uuid("VDI", live(house)[0]), 24 * MIB)
         change(house, 10, 9)
         point = digests(house)
-        outcome = await back_up(house)
+        outcome = await back_up(house, remote)
         assert [record["got"] for record in disk_records(outcome)] == ["delta"]
         for _ in range(2):  # the grown disk is merged into the key backup
-            await back_up(house)
-        assert await restored(house, house.backups()[-1]) == point
+            await back_up(house, remote)
+        assert await restored(house, house.backups(remote)[-1], remote) == point
 
 
 async def test_a_remote_without_the_base_makes_the_disk_full_for_all(tmp_path: Path) -> None:
@@ -241,7 +239,7 @@ async def test_a_remote_without_the_base_makes_the_disk_full_for_all(tmp_path: P
 async def test_a_host_that_cannot_compute_the_difference_sends_everything(tmp_path: Path) -> None:
     async with house_of(tmp_path) as house:
         await back_up(house)
-        house.pool.fail("/export_raw_vdi", error=("VDI_IO_ERROR", "no delta"))
+        house.pool.fail("/export_raw_vdi", status=500, error=("VDI_IO_ERROR", "no delta"))
         outcome = await back_up(house)
         assert outcome.status == "success", outcome.snapshot
         (record,) = disk_records(outcome)
@@ -283,7 +281,7 @@ async def test_another_codec_does_not_make_every_run_a_full(tmp_path: Path) -> N
     [
         {"cut": "reset", "after_bytes": 1 * MIB},
         {"cut": "end", "after_bytes": 1 * MIB},
-        {"late_error": ("VDI_IO_ERROR", "late")},
+        {"error": ("VDI_IO_ERROR", "late")},
     ],
     ids=["reset", "cut", "failed late"],
 )
@@ -297,7 +295,7 @@ async def test_a_broken_export_lists_no_backup_and_keeps_the_base(
         change(house, 1, 1)
         change(house, 5, 1)
         snapshots = house.pool.snapshots()
-        house.pool.fail("/export_raw_vdi", times=2, **fault)
+        house.pool.fail("/export_raw_vdi", **fault)
         outcome = await back_up(house)
         assert outcome.status == "failure"
         assert len(house.backups()) == 1
@@ -324,7 +322,9 @@ async def test_a_full_disk_fails_its_target_only(tmp_path: Path, remote: str) ->
 
 async def test_a_disk_that_cannot_be_read_fails_the_vm_and_leaves_nothing(tmp_path: Path) -> None:
     async with house_of(tmp_path, disks_per_vm=2) as house:
-        house.pool.fail("/export_raw_vdi", error=("SR_BACKEND_FAILURE_46", "bad"), times=None)
+        house.pool.fail(
+            "/export_raw_vdi", status=500, error=("SR_BACKEND_FAILURE_46", "bad"), times=None
+        )
         outcome = await back_up(house)
         assert outcome.status == "failure"
         assert outcome.of("backup VM")[0]["data"]["error"]["code"] == "SR_BACKEND_FAILURE_46"
@@ -344,7 +344,7 @@ async def test_a_retry_is_a_delta_and_writes_only_what_is_missing(tmp_path: Path
     async with house_of(tmp_path) as house:
         await back_up(house)
         change(house, 2, 2)
-        house.pool.fail("/export_raw_vdi", times=2, cut="reset", after_bytes=1024)
+        house.pool.fail("/export_raw_vdi", cut="reset", after_bytes=MIB)
         outcome = await back_up(house, nRetriesVmBackupFailures=1)
         assert outcome.status == "success", outcome.snapshot
         assert [record["got"] for record in disk_records(outcome)] == ["delta"]
@@ -397,7 +397,9 @@ async def test_a_restore_maps_disks_to_srs_and_leaves_out_what_is_null(tmp_path:
         vdi = house.pool.store.get("VDI", house.pool.store.by_uuid("VDI", uuid))
         assert vdi["SR"] == house.pool.srs[0]
         original = house.pool.store.get("VM", house.pool.vm("vm1"))
-        mac = [house.pool.store.get("VIF", each)["MAC"] for each in (*vm["VIFs"], *original["VIFs"])]
+        mac = [
+            house.pool.store.get("VIF", each)["MAC"] for each in (*vm["VIFs"], *original["VIFs"])
+        ]
         assert len(set(mac)) == 2
 
 
@@ -406,7 +408,7 @@ async def test_a_restore_maps_disks_to_srs_and_leaves_out_what_is_null(tmp_path:
     [
         lambda pool: pool.fail("VBD.create", error=("INTERNAL_ERROR", "no")),
         lambda pool: pool.fail("/import_raw_vdi", cut="reset", after_bytes=MIB),
-        lambda pool: pool.fail("/import_raw_vdi", late_error=("VDI_IO_ERROR", "late")),
+        lambda pool: pool.fail("/import_raw_vdi", error=("VDI_IO_ERROR", "late")),
         lambda pool: pool.fail("VIF.create", error=("INTERNAL_ERROR", "no")),
         lambda pool: pool.fail("VM.set_name_description", error=("INTERNAL_ERROR", "no")),
     ],
