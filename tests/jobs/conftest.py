@@ -90,7 +90,7 @@ class House:
             job_data={
                 "jobId": JOB,
                 "jobName": "lab job",
-                "mode": "full",
+                "mode": mode,
                 "scheduleId": SCHEDULE,
             },
         )
