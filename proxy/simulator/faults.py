@@ -38,6 +38,8 @@ class Fault:
       that lies, ``pending`` the one that died.
     * ``rate``: bytes per second.
 
+    For NBD see :mod:`proxy.simulator.nbd`; ``size``: tell this size of the export.
+
     For both ``delay``: seconds before anything happens.
     """
 
@@ -56,6 +58,7 @@ class Fault:
     after_bytes: int | None = None
     task: Literal["failure", "success", "pending"] = "failure"
     rate: float | None = None
+    size: int | None = None
     hits: int = field(default=0, init=False)
     """How often it was applied."""
     _seen: int = field(default=0, init=False)
