@@ -14,7 +14,6 @@ import trio
 
 from proxy.simulator import SimulatedPool
 from proxy.simulator.certificate import certificate_pem
-
 from tests.simulator.conftest import Client, Failure
 
 MiB = 1024 * 1024
