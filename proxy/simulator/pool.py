@@ -6,7 +6,7 @@ import hashlib
 import random
 import zlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -14,6 +14,7 @@ from proxy.simulator.calls import Calls
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
 from proxy.simulator.leftovers import leftovers
+from proxy.simulator.nbd import NbdHosts
 from proxy.simulator.sessions import Sessions
 from proxy.simulator.store import Store
 from proxy.simulator.tasks import Tasks, now
@@ -45,6 +46,7 @@ class SimulatedPool:
         self.disks = Disks(self)
         self.vms = VmOperations(self)
         self.calls = Calls(self)
+        self.nbd = NbdHosts(self)
         self.faults = Faults()
         self.gates = Gates()
         self.transfers: set[Transfer] = set()
@@ -222,6 +224,16 @@ class SimulatedPool:
         file = ImageFile(image)
         size = file.size + -file.size % 512
         return self.add_vm(name, [DiskContent(size, file=file)], running=running)
+
+    def set_address(self, host: str, address: str) -> None:
+        """Where a host listens, for calls and data."""
+        self.store.update("host", host, address=address)
+        for pif in self.store.get("host", host)["PIFs"]:
+            self.store.update("PIF", pif, IP=address)
+
+    def enable_nbd(self, purpose: Literal["nbd", "insecure_nbd"] = "nbd") -> None:
+        """Let the pool's network serve disks over NBD: with TLS, or ``insecure_nbd``."""
+        self.store.update("network", self.network, purpose=[purpose])
 
     # Running
 

@@ -11,7 +11,6 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from proxy.disks.disk import RandomAccess
 from proxy.disks.qcow2_stream import open_qcow2_stream
 from proxy.disks.vhd_stream import open_vhd_stream
 from proxy.errors import ProxyError, Refused
@@ -20,7 +19,7 @@ from proxy.runtime.deadlines import undo_within
 from proxy.runtime.trouble import tell_trouble
 from proxy.xapi import vms
 from proxy.xapi.cbt import changed_blocks
-from proxy.xapi.nbd_client import connect_nbd, nbd_candidates
+from proxy.xapi.nbd_client import NbdDisk, nbd_candidates, open_nbd
 from proxy.xapi.transfer import download
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from proxy.disks.disk import Blocks, Disk
     from proxy.xapi import Xapi
-    from proxy.xapi.nbd_client import NbdExport
 
 Way = Literal["nbd+cbt", "nbd", "stream"]
 
@@ -115,7 +113,7 @@ class _Ladder:
         self, stack: contextlib.AsyncExitStack, base_ref: str | None
     ) -> VdiExport | None:
         try:
-            infos = await nbd_candidates(self._xapi, self._ref)
+            await nbd_candidates(self._xapi, self._ref)
         except ProxyError as error:
             self._down("nbd", error)
             return None
@@ -132,13 +130,13 @@ class _Ladder:
             blocks, differencing = await self._blocks_of_stream(base_ref)
         try:
             export = await stack.enter_async_context(
-                connect_nbd(infos, connections=self._options.nbd_connections)
+                open_nbd(self._xapi, self._ref, connections=self._options.nbd_connections)
             )
         except ProxyError as error:
             self._down("nbd", error)
             return None
-        size = int(self._vdi["virtual_size"])
-        return VdiExport(_NbdDisk(export, size, blocks, differencing), way, self._steps)
+        disk = NbdDisk(export, blocks, is_differencing=differencing)
+        return VdiExport(disk, way, self._steps)
 
     async def _blocks_of_stream(self, base_ref: str | None) -> tuple[Blocks, bool]:
         """Which blocks an export would send: its tables come first; the rest is not read."""
@@ -189,18 +187,3 @@ class _Ladder:
 
     def _down(self, way: str, error: ProxyError) -> None:
         self._steps.append(StepDown(way, error.code, error.message))
-
-
-class _NbdDisk(RandomAccess):
-    """The blocks of a map, the data of an NBD export."""
-
-    def __init__(
-        self, export: NbdExport, virtual_size: int, blocks: Blocks, is_differencing: bool
-    ) -> None:
-        self.virtual_size = virtual_size
-        self.is_differencing = is_differencing
-        self.blocks = blocks
-        self._export = export
-
-    async def read_block(self, index: int, into: memoryview) -> None:
-        await self._export.read_block(index, into)
