@@ -16,7 +16,7 @@ import trio
 
 from proxy.disks.alias import LONGEST, data_path, is_alias, parse_alias, read_alias, write_alias
 from proxy.disks.bitmap import settle_bitmap
-from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of
+from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of, naming
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
@@ -27,7 +27,7 @@ from proxy.runtime.threads import Work, in_thread
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from proxy.disks.disk import Block
@@ -75,7 +75,7 @@ class VhdDirectory(RandomAccess):
             data = await self._remote.read_file(path, limit=vhd_directory.LONGEST_BLOCK)
         except NotFound as error:
             await _raise_lacking(self._remote, self.path, name, error)
-        with _naming(path):
+        with naming(path):
             await in_thread(Work.CPU, self._unpack, index, data, into)
 
     def _unpack(self, index: int, data: bytes, into: memoryview) -> None:
@@ -113,18 +113,18 @@ class DirectoryHead:
         if isinstance(filters, NotFound) and filters.code == "ENOENT":
             compression = vhd_directory.parse_filters(None)
         else:
-            with _naming(paths.join(path, names[0])):
+            with naming(paths.join(path, names[0])):
                 compression = vhd_directory.parse_filters(_content(filters))
         for name, content in zip(names[1:], (header, footer), strict=True):
             if isinstance(content, NotFound) and content.code == "ENOENT":
                 await _raise_lacking(remote, path, name, content)
-        with _naming(paths.join(path, names[1])):
+        with naming(paths.join(path, names[1])):
             raw = vhd_directory.decompress(compression, _content(header), longest=vhd.HEADER_SIZE)
             parsed_header = vhd.Header.parse(raw, offset=0)
-        with _naming(paths.join(path, names[2])):
+        with naming(paths.join(path, names[2])):
             raw = vhd_directory.decompress(compression, _content(footer), longest=vhd.FOOTER_SIZE)
             parsed_footer = vhd.Footer.parse(raw)
-        with _naming(path):
+        with naming(path):
             vhd.check(parsed_footer, parsed_header)
         return cls(remote, path, compression, parsed_header, parsed_footer)
 
@@ -138,7 +138,7 @@ class DirectoryHead:
             )
         except NotFound as error:
             await _raise_lacking(self.remote, self.path, vhd_directory.TABLE, error)
-        with _naming(path):
+        with naming(path):
             flags = await in_thread(Work.CPU, self._unpack_table, data)
         return VhdDirectory(self, Blocks(flags))
 
@@ -391,16 +391,3 @@ async def _raise_lacking(remote: Remote, path: str, name: str, error: NotFound) 
                 data={"what": f"{name} missing", "path": path},
             ) from error
     raise error
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Say which file is corrupt."""
-    try:
-        yield
-    except (Corrupt, Refused) as error:
-        if "path" in error.data:
-            raise
-        raise type(error)(
-            f"'{path}': {error.message}", code=error.code, data={**error.data, "path": path}
-        ) from error

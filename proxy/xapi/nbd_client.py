@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
-from proxy.disks.disk import length_of, RandomAccess, read_in_order
+from proxy.disks.disk import RandomAccess, length_of, read_in_order
 from proxy.errors import ProxyError, Unreachable, XapiError
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, STORED_BLOCK
 from proxy.xapi.nbd_dial import NO_NBD, Dialer, NbdInfo
