@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from proxy.simulator.calls import Calls
+from proxy.simulator.devices import Devices
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
 from proxy.simulator.leftovers import leftovers
@@ -44,6 +45,7 @@ class SimulatedPool:
         self.tasks = Tasks(self.store, lambda: self.master)
         self.disks = Disks(self)
         self.vms = VmOperations(self)
+        self.devices = Devices(self)
         self.calls = Calls(self)
         self.faults = Faults()
         self.gates = Gates()
