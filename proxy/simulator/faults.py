@@ -41,6 +41,8 @@ class Fault:
     * ``damage``: a VHD export without its last footer, or whose first block has a bitmap that
       leaves out its last sector; everything else looks well.
 
+    For NBD see :mod:`proxy.simulator.nbd`; ``size``: tell this size of the export.
+
     For both ``delay``: seconds before anything happens.
     """
 
@@ -60,6 +62,7 @@ class Fault:
     task: Literal["failure", "success", "pending"] = "failure"
     rate: float | None = None
     damage: Damage | None = None
+    size: int | None = None
     hits: int = field(default=0, init=False)
     """How often it was applied."""
     _seen: int = field(default=0, init=False)

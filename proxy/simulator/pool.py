@@ -6,7 +6,7 @@ import hashlib
 import random
 import zlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -15,6 +15,7 @@ from proxy.simulator.devices import Devices
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
 from proxy.simulator.leftovers import leftovers
+from proxy.simulator.nbd import NbdHosts
 from proxy.simulator.sessions import Sessions
 from proxy.simulator.store import Store
 from proxy.simulator.tasks import Tasks, now
@@ -47,6 +48,7 @@ class SimulatedPool:
         self.vms = VmOperations(self)
         self.devices = Devices(self)
         self.calls = Calls(self)
+        self.nbd = NbdHosts(self)
         self.faults = Faults()
         self.gates = Gates()
         self.transfers: set[Transfer] = set()
@@ -224,6 +226,16 @@ class SimulatedPool:
         file = ImageFile(image)
         size = file.size + -file.size % 512
         return self.add_vm(name, [DiskContent(size, file=file)], running=running)
+
+    def set_address(self, host: str, address: str) -> None:
+        """Where a host listens, for calls and data."""
+        self.store.update("host", host, address=address)
+        for pif in self.store.get("host", host)["PIFs"]:
+            self.store.update("PIF", pif, IP=address)
+
+    def enable_nbd(self, purpose: Literal["nbd", "insecure_nbd"] = "nbd") -> None:
+        """Let the pool's network serve disks over NBD: with TLS, or ``insecure_nbd``."""
+        self.store.update("network", self.network, purpose=[purpose])
 
     # Running
 

@@ -49,7 +49,7 @@ class Refusal(Exception):
         self.detail = detail
 
 
-class _Cut(Exception):
+class CutShort(Exception):
     """A fault ended the body here."""
 
 
@@ -125,7 +125,7 @@ async def _ended_badly(
         transfer.ended = "failed"
         error = XapiError("INTERNAL_ERROR", [repr(_first(surprises))])
         pool.tasks.fail(transfer.task, error)
-    _, rest = rest.split((Gone, _Cut)) if rest else (None, None)
+    _, rest = rest.split((Gone, CutShort)) if rest else (None, None)
     if rest is not None:
         raise rest
 
@@ -219,7 +219,7 @@ class Outlet:
             await self._wire.send(head(500, page) + page)
         elif fault.cut == "reset":
             await self._wire.reset()
-        raise _Cut
+        raise CutShort
 
 
 # In

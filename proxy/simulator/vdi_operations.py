@@ -195,6 +195,26 @@ class Disks:
                 again = True
                 break
 
+    def changed_blocks(self, base: str, vdi: str) -> list[int]:
+        """The 2 MiB blocks that changed from ``base`` to ``vdi``, both tracked all the time."""
+        old, new = self._store.get("VDI", base), self._store.get("VDI", vdi)
+        if any(
+            self._store.get("VBD", ref)["currently_attached"]
+            and not self._store.get("VM", self._store.get("VBD", ref)["VM"])["is_a_snapshot"]
+            for ref in new["VBDs"]
+        ):
+            raise XapiError("VDI_IN_USE", [vdi, "list_changed_blocks"])
+        content = self.content(vdi)
+        origin = new["snapshot_of"] if new["is_a_snapshot"] else vdi
+        tracked = old["cbt_enabled"] and new["cbt_enabled"]
+        if not tracked or base == vdi or old["snapshot_of"] != origin:
+            unrelated = "Failed to calculate changed blocks for given VDIs."
+            raise XapiError(
+                "SR_BACKEND_FAILURE_460",
+                ["", f"{unrelated} [opterr=Source and target VDI are unrelated]", ""],
+            )
+        return content.changed_units(self.contents[base])
+
     def data_destroy(self, vdi: str) -> None:
         record = self._store.get("VDI", vdi)
         if record["type"] == "cbt_metadata":
@@ -213,6 +233,8 @@ class Disks:
             raise XapiError("OPERATION_NOT_ALLOWED", ["VDI is a snapshot: " + vdi])
         if record["type"] not in ("user", "system"):
             raise XapiError("VDI_INCOMPATIBLE_TYPE", [vdi, record["type"]])
+        if record["on_boot"] == "reset":
+            raise XapiError("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", [])
         self._store.update("VDI", vdi, cbt_enabled=enabled)
 
     def check_free(self, vdi: str, *, write: bool) -> None:
