@@ -34,6 +34,9 @@ async def uri(client: Client, vdi: str, **options: str) -> str:
 
 
 def disk(pool: SimulatedPool) -> tuple[str, str]:
+    """A disk that no running VM has."""
+    if pool.store.get("VM", pool.vm("vm1"))["power_state"] == "Running":
+        pool.do("VM.hard_shutdown", pool.vm("vm1"))
     vdi = pool.vms.disks(pool.vm("vm1"))[0]
     return vdi, str(pool.store.get("VDI", vdi)["uuid"])
 
@@ -100,12 +103,21 @@ async def test_who_may_not_read(client: Client, pool: SimulatedPool) -> None:
     await until_clean(pool)
 
 
+async def test_no_disk_of_a_running_vm_is_served(client: Client, pool: SimulatedPool) -> None:
+    pool.enable_nbd("insecure_nbd")
+    address = await uri(client, pool.vms.disks(pool.vm("vm1"))[0])
+    assert (await run("nbdinfo", address)).returncode == 1
+    await until_clean(pool)
+
+
 async def test_no_disk_without_data_is_served(client: Client, pool: SimulatedPool) -> None:
     pool.enable_nbd("insecure_nbd")
     vdi, _ = disk(pool)
     await client.call("VDI.enable_cbt", vdi)
-    snapshot = pool.vms.disks(await client.call("VM.snapshot", pool.vm("vm1"), "s"))[0]
+    frozen = await client.call("VM.snapshot", pool.vm("vm1"), "s")
+    snapshot = pool.vms.disks(frozen)[0]
     address = await uri(client, snapshot)
+    await client.call("VM.destroy", frozen)
     await client.call("VDI.data_destroy", snapshot)
     with pytest.raises(Failure) as caught:
         await client.call("VDI.get_nbd_info", snapshot)
