@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from proxy.errors import Corrupt, Refused
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK, blocks_of
+from proxy.runtime.background import background
 from proxy.runtime.buffers import Buffer, BufferPool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
 
@@ -30,6 +32,11 @@ class Blocks:
     def __init__(self, flags: bytes) -> None:
         """``flags`` has one byte a block, 1 where it is present, else 0."""
         self._flags = flags
+
+    @property
+    def flags(self) -> bytes:
+        """One byte a block, 1 where it is present."""
+        return self._flags
 
     @classmethod
     def of(cls, indexes: Iterable[int], count: int) -> Blocks:
@@ -123,6 +130,11 @@ class Disk(Protocol):
     blocks: Blocks
     """Those that it has itself, never its parent's."""
 
+    @property
+    def order(self) -> Sequence[int]:
+        """The indexes of :attr:`blocks` in the order in which :meth:`read` gives them."""
+        ...
+
     def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
         """Read all blocks of :attr:`blocks`, ascending unless the source is a stream that
         has them in another order.
@@ -144,8 +156,33 @@ class RandomDisk(Disk, Protocol):
         ...
 
 
+class RandomAccess:
+    """What disks with random access have in common; they bring ``blocks`` and ``read_block``."""
+
+    @property
+    def order(self: RandomDisk) -> Sequence[int]:
+        return tuple(self.blocks)
+
+    def read(self: RandomDisk, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
+        """See :meth:`Disk.read`; several blocks are read at once."""
+        return read_in_order(self, pool)
+
+
 DEPTH: Final = 4
 """Blocks that are read at once from a disk with random access."""
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Say of an error of the block which file it is about, unless it says so itself."""
+    try:
+        yield
+    except (Corrupt, Refused) as error:
+        if "path" in error.data:
+            raise
+        raise type(error)(
+            f"'{path}': {error.message}", code=error.code, data={**error.data, "path": path}
+        ) from error
 
 
 def block_pool(count: int) -> BufferPool:
@@ -170,12 +207,11 @@ async def read_in_order(
 
     The first error is raised in its block's turn, after the blocks before it.
     """
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         reader = _Ahead(disk, pool, nursery, depth)
         try:
             yield reader
         finally:
-            nursery.cancel_scope.cancel()
             reader.close()
 
 

@@ -166,6 +166,15 @@ class Outlet:
                 await trio.sleep_until(due)
             await self._stops()
 
+    async def send_together(self, pieces: list[memoryview]) -> None:
+        """Send pieces as :meth:`send` does, faster where nothing is set up to interfere."""
+        if self._gates or self._fault:
+            for piece in pieces:
+                await self.send(piece)
+            return
+        await self._wire.send_together(pieces)
+        self._transfer.sent += sum(map(len, pieces))
+
     def _until_stop(self, most: int) -> int:
         stops = [gate.at_bytes for gate in self._gates]
         if self._fault and self._fault.cut and self._fault.after_bytes is not None:
@@ -211,3 +220,20 @@ class Outlet:
         elif fault.cut == "reset":
             await self._wire.reset()
         raise CutShort
+
+
+# In
+
+
+class Inlet(Outlet):
+    """Passes what was received through the byte gates and faults, in the same places."""
+
+    async def take(self, size: int) -> None:
+        """Account for ``size`` received bytes: stops where a gate or a cut stands."""
+        while size:
+            part = self._until_stop(size)
+            self._transfer.sent += part
+            size -= part
+            if self._fault and self._fault.rate:
+                await trio.sleep_until(self._started + self._transfer.sent / self._fault.rate)
+            await self._stops()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
-from proxy.disks.disk import length_of, read_in_order
+from proxy.disks.disk import RandomAccess, length_of, read_in_order
 from proxy.errors import ProxyError, Unreachable, XapiError
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, STORED_BLOCK
 from proxy.xapi.nbd_dial import NO_NBD, Dialer, NbdInfo
@@ -313,7 +313,7 @@ async def open_nbd(
         yield export
 
 
-class NbdDisk:
+class NbdDisk(RandomAccess):
     """The blocks ``blocks`` of an export as a disk: a ``RandomDisk``."""
 
     def __init__(self, export: NbdExport, blocks: Blocks, *, is_differencing: bool) -> None:

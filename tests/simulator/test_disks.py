@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.simulator.disks import BLOCK, UNIT, DiskContent, ImageFile
+from proxy.simulator import SimulatedPool
+from proxy.simulator.disks import BLOCK, UNIT, DiskContent, ImageFile, Stamped
 
 
 def whole(content: DiskContent) -> bytes:
@@ -98,3 +99,33 @@ def test_changes_are_those_of_a_plain_comparison(
         (base if on_base else disk).write(offset, data)
     disk.resize(SIZE + growth)
     assert disk.changed_units(base) == compared(disk, base)
+
+
+def test_a_mutation_is_new_and_takes_no_memory() -> None:
+    disk = DiskContent(SIZE, kind="text", seed=1)
+    base = disk.copy()
+    disk.mutate([0, 2], seed=9)
+    assert disk.changed_units(base) == compared(disk, base) == [0, 2]
+    assert isinstance(disk.stored(0), Stamped)
+    same = base.copy()
+    same.mutate([2, 0], seed=9)
+    assert whole(same) == whole(disk)
+    same.mutate([0, 2], seed=10)
+    assert same.changed_units(disk) == [0, 2]
+    with pytest.raises(IndexError):
+        disk.mutate([1, 3], seed=11)
+    assert disk.changed_units(base) == [0, 2]
+
+
+def test_a_pool_mutates_a_share() -> None:
+    pool = SimulatedPool.small(disk_size=20 * BLOCK)
+    vdi = pool.vms.disks(pool.vm("vm1"))[0]
+    [uuid] = pool.disk_uuids(pool.vm("vm1"))
+    base = pool.disks.contents[vdi].copy()
+    changed = pool.mutate(uuid, 0.25)
+    assert len(changed) == 5
+    assert pool.disks.contents[vdi].changed_units(base) == changed
+    assert pool.mutate(uuid, 0.25) != changed
+    assert pool.mutate(uuid, 0.0, seed=3) == pool.mutate(uuid, 0.0, seed=3)
+    assert pool.mutate(uuid, 1.0) == list(range(20))
+    assert pool.mutate(uuid, []) == []
