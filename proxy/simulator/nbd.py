@@ -210,12 +210,13 @@ class _Connection:
             return None
         try:
             vdi = pool.nbd.resolve(name)
+            self._content = pool.disks.content(vdi)
+            if opening:
+                self._drive = pool.disks.attach_to_dom0(vdi)
         except XapiError:
             return None
-        self._content = pool.disks.content(vdi)
         size = self._content.size
         if opening:
-            self._drive = pool.disks.attach_to_dom0(vdi)
             await pool.gates.pass_by("NBD.export", "after")
         return Export(fault.size if fault is not None and fault.size is not None else size)
 
@@ -249,8 +250,7 @@ class _Connection:
                 pieces = await in_thread(Work.DISK, content.read, offset, count)
             else:
                 pieces = content.read(offset, count)
-            for piece in pieces or [memoryview(_ZEROS)[:count]]:
-                await self._outlet.send(piece)
+            await self._outlet.send_together(pieces or [memoryview(_ZEROS)[:count]])
             offset += count
             length -= count
 
