@@ -250,8 +250,7 @@ class _Connection:
                 pieces = await in_thread(Work.DISK, content.read, offset, count)
             else:
                 pieces = content.read(offset, count)
-            for piece in pieces or [memoryview(_ZEROS)[:count]]:
-                await self._outlet.send(piece)
+            await self._outlet.send_together(pieces or [memoryview(_ZEROS)[:count]])
             offset += count
             length -= count
 

@@ -34,10 +34,9 @@ async def uri(client: Client, vdi: str, **options: str) -> str:
 
 
 def disk(pool: SimulatedPool) -> tuple[str, str]:
-    """A disk that no running VM has."""
-    if pool.store.get("VM", pool.vm("vm1"))["power_state"] == "Running":
-        pool.do("VM.hard_shutdown", pool.vm("vm1"))
-    vdi = pool.vms.disks(pool.vm("vm1"))[0]
+    """Reference and UUID of a disk of a new snapshot."""
+    vdi = pool.vms.disks(pool.do("VM.snapshot", pool.vm("vm1"), "s"))[0]
+    pool.mark()
     return vdi, str(pool.store.get("VDI", vdi)["uuid"])
 
 
@@ -60,8 +59,8 @@ def security(request: Any, pool: SimulatedPool, tmp_path: Path) -> dict[str, str
 async def test_libnbd_reads_the_disk(
     client: Client, pool: SimulatedPool, security: dict[str, str], tmp_path: Path
 ) -> None:
+    pool.write(pool.disk_uuids(pool.vm("vm1"))[0], 2 * MiB, bytes(MiB))
     vdi, uuid = disk(pool)
-    pool.write(uuid, 2 * MiB, bytes(MiB))
     address = await uri(client, vdi, **security)
     told = await run("nbdinfo", "--json", address)
     assert told.returncode == 0, told.stderr
@@ -93,6 +92,8 @@ async def test_who_may_not_read(client: Client, pool: SimulatedPool) -> None:
     address = await uri(client, vdi)
     other = address.replace(uuid, "00000000-0000-0000-0000-000000000000")
     assert (await run("nbdinfo", other)).returncode == 1
+    running = await uri(client, pool.vms.disks(pool.vm("vm1"))[0])
+    assert (await run("nbdinfo", running)).returncode == 1
     assert (await run("nbdinfo", address)).returncode == 0
     pool.sessions.expire_all()
     assert (await run("nbdinfo", address)).returncode == 1
@@ -112,12 +113,12 @@ async def test_no_disk_of_a_running_vm_is_served(client: Client, pool: Simulated
 
 async def test_no_disk_without_data_is_served(client: Client, pool: SimulatedPool) -> None:
     pool.enable_nbd("insecure_nbd")
-    vdi, _ = disk(pool)
-    await client.call("VDI.enable_cbt", vdi)
-    frozen = await client.call("VM.snapshot", pool.vm("vm1"), "s")
-    snapshot = pool.vms.disks(frozen)[0]
+    live = pool.vms.disks(pool.vm("vm1"))[0]
+    await client.call("VDI.enable_cbt", live)
+    snapshot, _ = disk(pool)
     address = await uri(client, snapshot)
-    await client.call("VM.destroy", frozen)
+    for vbd in await client.call("VDI.get_VBDs", snapshot):
+        await client.call("VM.destroy", await client.call("VBD.get_VM", vbd))
     await client.call("VDI.data_destroy", snapshot)
     with pytest.raises(Failure) as caught:
         await client.call("VDI.get_nbd_info", snapshot)
