@@ -31,6 +31,11 @@ class Blocks:
         """``flags`` has one byte a block, 1 where it is present, else 0."""
         self._flags = flags
 
+    @property
+    def flags(self) -> bytes:
+        """One byte a block, 1 where it is present."""
+        return self._flags
+
     @classmethod
     def of(cls, indexes: Iterable[int], count: int) -> Blocks:
         """Raises ``IndexError`` for an index that is not below ``count``."""

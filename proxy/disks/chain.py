@@ -1,0 +1,67 @@
+"""A chain of differencing disks, read as the one disk that it stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy.disks.disk import Blocks, block_count, read_in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.disks.disk import BlockReader, RandomDisk
+    from proxy.runtime.buffers import BufferPool
+
+
+class Chain:
+    """``disks``, oldest first; the newest that holds a block gives it.
+
+    Size of the newest, differencing if the oldest is.  A newer disk may be larger than an
+    older one: what lies behind the end of the older one is nobody's until a newer disk holds it.
+    The disks stay those of whoever opened them.  For concurrent use.
+    """
+
+    def __init__(self, disks: Sequence[RandomDisk]) -> None:
+        """Raises ``ValueError`` when there is no disk."""
+        if not disks:
+            raise ValueError("a chain of no disks")
+        self.disks = tuple(disks)
+        self.virtual_size = disks[-1].virtual_size
+        self.is_differencing = disks[0].is_differencing
+        count = block_count(self.virtual_size)
+        blocks = Blocks(bytes(count))
+        for disk in disks:
+            blocks = blocks | disk.blocks.resized(count)
+        self.blocks = blocks
+        # Per block, the position of its owner plus 1, one table for each byte of it: as large
+        # integers, so that a table of a million blocks takes a millisecond a disk.
+        planes = range((len(disks).bit_length() + 7) // 8)
+        self._owners = [_owners(disks, count, 8 * plane) for plane in planes]
+
+    def owner(self, index: int) -> RandomDisk | None:
+        """The disk that gives block ``index``, ``None`` when none of them has it."""
+        if index not in self.blocks:
+            return None
+        number = sum(table[index] << 8 * plane for plane, table in enumerate(self._owners))
+        return self.disks[number - 1]
+
+    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
+        return read_in_order(self, pool)
+
+    async def read_block(self, index: int, into: memoryview) -> None:
+        """See :meth:`proxy.disks.disk.RandomDisk.read_block`."""
+        owner = self.owner(index)
+        if owner is None:
+            raise ValueError(f"no disk of the chain has block {index}")
+        await owner.read_block(index, into)
+
+
+def _owners(disks: Sequence[RandomDisk], count: int, shift: int) -> bytes:
+    """Of each block the byte at ``shift`` of the number of the newest disk that has it."""
+    table = 0
+    for number, disk in enumerate(disks, 1):
+        held = int.from_bytes(disk.blocks.resized(count).flags, "little")
+        # each byte of ``held`` is 0 or 1: no product carries into the next byte
+        table = table & ~(held * 0xFF) | held * (number >> shift & 0xFF)
+    return table.to_bytes(count, "little")
