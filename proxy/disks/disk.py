@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import trio
 
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK, blocks_of
+from proxy.runtime.background import background
 from proxy.runtime.buffers import Buffer, BufferPool
 
 if TYPE_CHECKING:
@@ -175,12 +176,11 @@ async def read_in_order(
 
     The first error is raised in its block's turn, after the blocks before it.
     """
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         reader = _Ahead(disk, pool, nursery, depth)
         try:
             yield reader
         finally:
-            nursery.cancel_scope.cancel()
             reader.close()
 
 

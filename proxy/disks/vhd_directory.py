@@ -21,6 +21,7 @@ from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
+from proxy.runtime.background import background
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
 from proxy.runtime.trouble import tell_trouble
@@ -199,9 +200,13 @@ async def create_vhd_directory(
     try:
         async with remote.batch() as batch:
             writer = _Writer(remote, batch, alias_path, chunks, shape, Compression(compression))
-            async with _working(writer, concurrency):
+            async with background() as nursery:
+                for _ in range(concurrency):
+                    nursery.start_soon(writer.work)
                 yield writer
     finally:
+        if writer is not None:
+            writer.close()
         if writer is not None and not writer.complete:
             await _undo(remote, alias_path, directory, named=writer.naming)
 
@@ -306,25 +311,6 @@ class _Writer:
         with contextlib.suppress(trio.WouldBlock):
             while True:
                 self._receive.receive_nowait().buffer.release()
-
-
-@contextlib.asynccontextmanager
-async def _working(writer: _Writer, concurrency: int) -> AsyncIterator[None]:
-    """The writer's workers, for the length of the block, whose error is raised as it is."""
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(concurrency):
-                nursery.start_soon(writer.work)
-            try:
-                yield
-            except BaseException as error:  # noqa: BLE001 (raised below, not in a group)
-                failure = error
-            nursery.cancel_scope.cancel()
-    finally:
-        writer.close()
-    if failure is not None:
-        raise failure
 
 
 def _chunks(shape: Shape, compression: Compression) -> dict[str, bytes]:
