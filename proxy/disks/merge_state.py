@@ -124,13 +124,13 @@ def _corrupt(path: str, reason: str) -> Corrupt:
 def _chain(value: Any, path: str) -> tuple[str, ...] | None:
     if value is None:
         return None
-    names: list[str] = []
-    entries: list[Any] = value if isinstance(value, list) else []
-    for each in entries:
-        name = each.removeprefix("./") if isinstance(each, str) else ""
+    try:
+        names = [name.removeprefix("./") for name in msgspec.convert(value, list[str])]
+    except msgspec.ValidationError as error:
+        raise _corrupt(path, "its chain is no list of names") from error
+    for name in names:
         if not is_disk_name(name):
-            raise _corrupt(path, f"its chain names {each!r}")
-        names.append(name)
+            raise _corrupt(path, f"its chain names {name!r}")
     if len(names) < 2 or len(set(names)) < len(names):
         raise _corrupt(path, "its chain is no list of two disks or more")
     if names[0] != disk_of_state(paths.name(path)):
