@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.disks.disk import Blocks, block_count, read_in_order
+from proxy.disks.disk import Blocks, RandomAccess, block_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractAsyncContextManager
 
-    from proxy.disks.disk import BlockReader, RandomDisk
-    from proxy.runtime.buffers import BufferPool
+    from proxy.disks.disk import RandomDisk
 
 
-class Chain:
+class Chain(RandomAccess):
     """``disks``, oldest first; the newest that holds a block gives it.
 
     Size of the newest, differencing if the oldest is.  A newer disk may be larger than an
@@ -45,9 +43,6 @@ class Chain:
             return None
         number = sum(table[index] << 8 * plane for plane, table in enumerate(self._owners))
         return self.disks[number - 1]
-
-    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
-        return read_in_order(self, pool)
 
     async def read_block(self, index: int, into: memoryview) -> None:
         """See :meth:`proxy.disks.disk.RandomDisk.read_block`."""

@@ -19,7 +19,7 @@ from proxy.runtime.background import background
 from proxy.runtime.buffers import Buffer, BufferPool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
 
@@ -129,6 +129,11 @@ class Disk(Protocol):
     blocks: Blocks
     """Those that it has itself, never its parent's."""
 
+    @property
+    def order(self) -> Sequence[int]:
+        """The indexes of :attr:`blocks` in the order in which :meth:`read` gives them."""
+        ...
+
     def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
         """Read all blocks of :attr:`blocks`, ascending unless the source is a stream that
         has them in another order.
@@ -148,6 +153,18 @@ class RandomDisk(Disk, Protocol):
         content of ``into`` is undefined.
         """
         ...
+
+
+class RandomAccess:
+    """What disks with random access have in common; they bring ``blocks`` and ``read_block``."""
+
+    @property
+    def order(self: RandomDisk) -> Sequence[int]:
+        return tuple(self.blocks)
+
+    def read(self: RandomDisk, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
+        """See :meth:`Disk.read`; several blocks are read at once."""
+        return read_in_order(self, pool)
 
 
 DEPTH: Final = 4

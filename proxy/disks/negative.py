@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from proxy.disks.disk import read_in_order
+from proxy.disks.disk import RandomAccess
 from proxy.errors import Refused
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
-    from proxy.disks.disk import BlockReader, Disk, RandomDisk
-    from proxy.runtime.buffers import BufferPool
+    from proxy.disks.disk import Disk, RandomDisk
 
 
-class Negative:
+class Negative(RandomAccess):
     """The blocks that ``child`` changed, with the content that they have in ``parent``.
 
     Written over a disk with the content of ``child``, it gives that of ``parent``: so a VM is
@@ -41,15 +38,12 @@ class Negative:
         self.virtual_size = parent.virtual_size
         self.blocks = child.blocks
 
-    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
-        return read_in_order(self, pool)
-
     async def read_block(self, index: int, into: memoryview) -> None:
         """See :meth:`proxy.disks.disk.RandomDisk.read_block`."""
         if index in self._parent.blocks:
             await self._parent.read_block(index, into)
         else:
-            into[BITMAP_SIZE:] = _ZEROS
+            into[BITMAP_SIZE:] = _ZEROS[: len(into) - BITMAP_SIZE]
 
 
-_ZEROS = bytes(BLOCK_SIZE)
+_ZEROS = memoryview(bytes(BLOCK_SIZE))

@@ -16,7 +16,7 @@ import trio
 
 from proxy.disks.alias import LONGEST, data_path, is_alias, parse_alias, read_alias, write_alias
 from proxy.disks.bitmap import settle_bitmap
-from proxy.disks.disk import Blocks, block_count, length_of, read_in_order
+from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
@@ -28,14 +28,12 @@ from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from contextlib import AbstractAsyncContextManager
     from uuid import UUID
 
-    from proxy.disks.disk import Block, BlockReader
+    from proxy.disks.disk import Block
     from proxy.disks.writing import DiskWriter, Shape
     from proxy.formats.vhd import Footer, Header
     from proxy.remotes.interface import Batch, Remote
-    from proxy.runtime.buffers import BufferPool
 
 _CONCURRENCY: Final = 4
 """Blocks that are compressed or stored at once: two cores, each with one more to go on with
@@ -45,7 +43,7 @@ _UNDO_SECONDS: Final = 300
 """A disk of 2 TiB is a million files to remove."""
 
 
-class VhdDirectory:
+class VhdDirectory(RandomAccess):
     """A VHD directory that is there; holds nothing open.  For concurrent use.
 
     ``path`` is that of the directory, not of an alias.
@@ -64,9 +62,6 @@ class VhdDirectory:
     @property
     def uuid(self) -> UUID:
         return self.footer.uuid
-
-    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
-        return read_in_order(self, pool)
 
     async def read_block(self, index: int, into: memoryview) -> None:
         """See :meth:`proxy.disks.disk.RandomDisk.read_block`.
