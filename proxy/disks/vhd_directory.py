@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NoReturn
 
 import trio
 
@@ -66,16 +66,15 @@ class VhdDirectory(RandomAccess):
     async def read_block(self, index: int, into: memoryview) -> None:
         """See :meth:`proxy.disks.disk.RandomDisk.read_block`.
 
-        A block that ``bat`` lists and that has no file is ``Corrupt`` as well.
+        A block that ``bat`` lists and that has no file is ``Corrupt`` as well; ``NotFound``
+        means that the whole directory is gone.
         """
-        path = paths.join(self.path, vhd_directory.block_path(index))
+        name = vhd_directory.block_path(index)
+        path = paths.join(self.path, name)
         try:
             data = await self._remote.read_file(path, limit=vhd_directory.LONGEST_BLOCK)
         except NotFound as error:
-            raise Corrupt(
-                f"the disk '{self.path}' lacks the file of its block {index}",
-                data={"what": "block missing", "path": path},
-            ) from error
+            await _raise_lacking(self._remote, self.path, name, error)
         with _naming(path):
             await in_thread(Work.CPU, self._unpack, index, data, into)
 
@@ -118,7 +117,7 @@ class DirectoryHead:
                 compression = vhd_directory.parse_filters(_content(filters))
         for name, content in zip(names[1:], (header, footer), strict=True):
             if isinstance(content, NotFound) and content.code == "ENOENT":
-                raise await _lacks(remote, path, name, content)
+                await _raise_lacking(remote, path, name, content)
         with _naming(paths.join(path, names[1])):
             raw = vhd_directory.decompress(compression, _content(header), longest=vhd.HEADER_SIZE)
             parsed_header = vhd.Header.parse(raw, offset=0)
@@ -138,7 +137,7 @@ class DirectoryHead:
                 path, limit=vhd.MAX_ENTRIES + vhd_directory.SMALL_CHUNK
             )
         except NotFound as error:
-            raise await _lacks(self.remote, self.path, vhd_directory.TABLE, error) from error
+            await _raise_lacking(self.remote, self.path, vhd_directory.TABLE, error)
         with _naming(path):
             flags = await in_thread(Work.CPU, self._unpack_table, data)
         return VhdDirectory(self, Blocks(flags))
@@ -189,12 +188,13 @@ async def create_vhd_directory(
     by the pool that they are from.
     """
     directory = data_path(alias_path)
-    chunks = _chunks(shape, Compression(compression))
+    flags = Blocks.of(shape.order, block_count(shape.virtual_size)).flags
+    chunks = _chunks(shape, flags, Compression(compression))
     await _make_room(remote, alias_path, directory)
     writer: _Writer | None = None
     try:
         async with remote.batch() as batch:
-            writer = _Writer(remote, batch, alias_path, chunks, shape, Compression(compression))
+            writer = _Writer(remote, batch, alias_path, chunks, flags, Compression(compression))
             async with background() as nursery:
                 for _ in range(concurrency):
                     nursery.start_soon(writer.work)
@@ -215,11 +215,10 @@ class _Writer:
         batch: Batch,
         alias_path: str,
         chunks: dict[str, bytes],
-        shape: Shape,
+        flags: bytes,
         compression: Compression,
     ) -> None:
-        count = block_count(shape.virtual_size)
-        self.size = vhd.stream_size(count, len(shape.order))
+        self.size = vhd.stream_size(len(flags), flags.count(1))
         self.naming = False
         """The alias may exist from now on."""
         self.complete = False
@@ -229,7 +228,7 @@ class _Writer:
         self._directory = data_path(alias_path)
         self._chunks = chunks
         self._compression = compression
-        self._missing = bytearray(Blocks.of(shape.order, count).flags)
+        self._missing = bytearray(flags)
         self._send, self._receive = trio.open_memory_channel["Block"](math.inf)
         self._under_way = 0
         self._drained = trio.Event()
@@ -308,15 +307,15 @@ class _Writer:
                 self._receive.receive_nowait().buffer.release()
 
 
-def _chunks(shape: Shape, compression: Compression) -> dict[str, bytes]:
+def _chunks(shape: Shape, flags: bytes, compression: Compression) -> dict[str, bytes]:
     """Everything of the directory but its blocks, as stored, by name."""
-    count = block_count(shape.virtual_size)
+    count = len(flags)
     disk_type = vhd.DiskType.DIFFERENCING if shape.is_differencing else vhd.DiskType.DYNAMIC
     footer = vhd.Footer.make(shape.virtual_size, disk_type, shape.uuid, timestamp=shape.timestamp)
     header = vhd.Header(
         max_entries=count, parent_uuid=shape.parent_uuid, parent_name=shape.parent_name
     )
-    table = vhd_directory.pack_table(Blocks.of(shape.order, count).flags, count)
+    table = vhd_directory.pack_table(flags, count)
     try:
         chunks = {"header": header.pack(), "footer": footer.pack(), "bat": table}
     except ValueError as error:
@@ -383,17 +382,15 @@ def _content(result: bytes | ProxyError) -> bytes:
     return result
 
 
-async def _lacks(remote: Remote, path: str, name: str, error: NotFound) -> ProxyError:
-    """The error of a directory without its ``name``: is the directory there at all?"""
-    try:
-        there = bool(await remote.list(path))
-    except NotFound:
-        there = False
-    if not there:
-        return error
-    return Corrupt(
-        f"the disk '{path}' lacks its '{name}'", data={"what": f"{name} missing", "path": path}
-    )
+async def _raise_lacking(remote: Remote, path: str, name: str, error: NotFound) -> NoReturn:
+    """Raise ``Corrupt`` for a directory without its ``name``, ``error`` when all of it is gone."""
+    with contextlib.suppress(NotFound):
+        if await remote.list(path):
+            raise Corrupt(
+                f"the disk '{path}' lacks its '{name}'",
+                data={"what": f"{name} missing", "path": path},
+            ) from error
+    raise error
 
 
 @contextlib.contextmanager
