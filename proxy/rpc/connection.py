@@ -19,6 +19,7 @@ import contextlib
 import socket as stdlib_socket
 import struct
 import traceback
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 
 import h11
@@ -52,6 +53,7 @@ _LINGER = 2.0
 """Seconds in which a client may still read an answer that came before its request ended."""
 _LINGER_BYTES = 4 * 1024 * 1024
 _NEVER = float("inf")
+_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 logger = structlog.get_logger(__name__)
 
@@ -360,8 +362,7 @@ class _Protocol(H11Protocol):
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200:
-            answer = h11.Response(headers=event.headers, status_code=event.status_code)
-            self._held = with_fixed_headers(self._encode(answer))
+            self._held = with_fixed_headers(self._head(event.status_code, event.headers))
         elif isinstance(event, Body | EndBody):
             part = h11.Data(data=event.data) if isinstance(event, Body) else h11.EndOfMessage()
             data = self._held + self._encode(part)
@@ -369,6 +370,17 @@ class _Protocol(H11Protocol):
             await self.send(RawData(data))
         else:
             await super().stream_send(event)
+
+    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        # clients show the phrase: without it XO's message would be "401 " and nothing else
+        answer = h11.Response(headers=headers, status_code=status, reason=_PHRASES.get(status, b""))
+        return self._encode(answer)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        head = self._head(status_code, [(b"content-length", b"0"), (b"connection", b"close")])
+        if head:  # else an answer has begun: what follows it must not end it
+            end = self._encode(h11.EndOfMessage())
+            await self.send(RawData(with_fixed_headers(head) + end))
 
     def _encode(self, event: h11.Event) -> bytes:
         try:
@@ -417,8 +429,7 @@ class _Protocol(H11Protocol):
     async def send_now(self, message: Any) -> None:
         """What :class:`HTTPStream` does with an answer's messages, for an answer of ours."""
         if message["type"] == "http.response.start":
-            answer = h11.Response(headers=message["headers"], status_code=message["status"])
-            self._held = with_fixed_headers(self._encode(answer))
+            self._held = with_fixed_headers(self._head(message["status"], message["headers"]))
             return
         data, self._held = self._held, b""
         if message["body"]:
