@@ -12,7 +12,7 @@ from proxy.formats import vhd
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from uuid import UUID
 
     from proxy.disks.disk import Block
