@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from proxy.errors import Corrupt, Refused
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK, blocks_of
 from proxy.runtime.background import background
 from proxy.runtime.buffers import Buffer, BufferPool
@@ -169,6 +170,19 @@ class RandomAccess:
 
 DEPTH: Final = 4
 """Blocks that are read at once from a disk with random access."""
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Say of an error of the block which file it is about, unless it says so itself."""
+    try:
+        yield
+    except (Corrupt, Refused) as error:
+        if "path" in error.data:
+            raise
+        raise type(error)(
+            f"'{path}': {error.message}", code=error.code, data={**error.data, "path": path}
+        ) from error
 
 
 def block_pool(count: int) -> BufferPool:

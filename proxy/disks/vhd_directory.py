@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
 from proxy.disks.alias import LONGEST, data_path, is_alias, parse_alias, read_alias, write_alias
 from proxy.disks.bitmap import settle_bitmap
-from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of
+from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of, naming
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
@@ -27,7 +27,7 @@ from proxy.runtime.threads import Work, in_thread
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from proxy.disks.disk import Block
@@ -66,17 +66,16 @@ class VhdDirectory(RandomAccess):
     async def read_block(self, index: int, into: memoryview) -> None:
         """See :meth:`proxy.disks.disk.RandomDisk.read_block`.
 
-        A block that ``bat`` lists and that has no file is ``Corrupt`` as well.
+        A block that ``bat`` lists and that has no file is ``Corrupt`` as well; ``NotFound``
+        means that the whole directory is gone.
         """
-        path = paths.join(self.path, vhd_directory.block_path(index))
+        name = vhd_directory.block_path(index)
+        path = paths.join(self.path, name)
         try:
             data = await self._remote.read_file(path, limit=vhd_directory.LONGEST_BLOCK)
         except NotFound as error:
-            raise Corrupt(
-                f"the disk '{self.path}' lacks the file of its block {index}",
-                data={"what": "block missing", "path": path},
-            ) from error
-        with _naming(path):
+            await _raise_lacking(self._remote, self.path, name, error)
+        with naming(path):
             await in_thread(Work.CPU, self._unpack, index, data, into)
 
     def _unpack(self, index: int, data: bytes, into: memoryview) -> None:
@@ -114,18 +113,18 @@ class DirectoryHead:
         if isinstance(filters, NotFound) and filters.code == "ENOENT":
             compression = vhd_directory.parse_filters(None)
         else:
-            with _naming(paths.join(path, names[0])):
+            with naming(paths.join(path, names[0])):
                 compression = vhd_directory.parse_filters(_content(filters))
         for name, content in zip(names[1:], (header, footer), strict=True):
             if isinstance(content, NotFound) and content.code == "ENOENT":
-                raise await _lacks(remote, path, name, content)
-        with _naming(paths.join(path, names[1])):
+                await _raise_lacking(remote, path, name, content)
+        with naming(paths.join(path, names[1])):
             raw = vhd_directory.decompress(compression, _content(header), longest=vhd.HEADER_SIZE)
             parsed_header = vhd.Header.parse(raw, offset=0)
-        with _naming(paths.join(path, names[2])):
+        with naming(paths.join(path, names[2])):
             raw = vhd_directory.decompress(compression, _content(footer), longest=vhd.FOOTER_SIZE)
             parsed_footer = vhd.Footer.parse(raw)
-        with _naming(path):
+        with naming(path):
             vhd.check(parsed_footer, parsed_header)
         return cls(remote, path, compression, parsed_header, parsed_footer)
 
@@ -138,8 +137,8 @@ class DirectoryHead:
                 path, limit=vhd.MAX_ENTRIES + vhd_directory.SMALL_CHUNK
             )
         except NotFound as error:
-            raise await _lacks(self.remote, self.path, vhd_directory.TABLE, error) from error
-        with _naming(path):
+            await _raise_lacking(self.remote, self.path, vhd_directory.TABLE, error)
+        with naming(path):
             flags = await in_thread(Work.CPU, self._unpack_table, data)
         return VhdDirectory(self, Blocks(flags))
 
@@ -164,7 +163,7 @@ async def create_vhd_directory(
     alias_path: str,
     shape: Shape,
     *,
-    compression: Literal["brotli", "gzip", "none"] = "brotli",
+    compression: Compression = Compression.BROTLI,
     concurrency: int = _CONCURRENCY,
 ) -> AsyncIterator[DiskWriter]:
     """Write a disk that will be known as ``alias_path``; its data goes where
@@ -189,12 +188,13 @@ async def create_vhd_directory(
     by the pool that they are from.
     """
     directory = data_path(alias_path)
-    chunks = _chunks(shape, Compression(compression))
+    flags = Blocks.of(shape.order, block_count(shape.virtual_size)).flags
+    chunks = _chunks(shape, flags, compression)
     await _make_room(remote, alias_path, directory)
     writer: _Writer | None = None
     try:
         async with remote.batch() as batch:
-            writer = _Writer(remote, batch, alias_path, chunks, shape, Compression(compression))
+            writer = _Writer(remote, batch, alias_path, chunks, flags, compression)
             async with background() as nursery:
                 for _ in range(concurrency):
                     nursery.start_soon(writer.work)
@@ -215,11 +215,10 @@ class _Writer:
         batch: Batch,
         alias_path: str,
         chunks: dict[str, bytes],
-        shape: Shape,
+        flags: bytes,
         compression: Compression,
     ) -> None:
-        count = block_count(shape.virtual_size)
-        self.size = vhd.stream_size(count, len(shape.order))
+        self.size = vhd.stream_size(len(flags), flags.count(1))
         self.naming = False
         """The alias may exist from now on."""
         self.complete = False
@@ -229,7 +228,7 @@ class _Writer:
         self._directory = data_path(alias_path)
         self._chunks = chunks
         self._compression = compression
-        self._missing = bytearray(Blocks.of(shape.order, count).flags)
+        self._missing = bytearray(flags)
         self._send, self._receive = trio.open_memory_channel["Block"](math.inf)
         self._under_way = 0
         self._drained = trio.Event()
@@ -308,15 +307,15 @@ class _Writer:
                 self._receive.receive_nowait().buffer.release()
 
 
-def _chunks(shape: Shape, compression: Compression) -> dict[str, bytes]:
+def _chunks(shape: Shape, flags: bytes, compression: Compression) -> dict[str, bytes]:
     """Everything of the directory but its blocks, as stored, by name."""
-    count = block_count(shape.virtual_size)
+    count = len(flags)
     disk_type = vhd.DiskType.DIFFERENCING if shape.is_differencing else vhd.DiskType.DYNAMIC
     footer = vhd.Footer.make(shape.virtual_size, disk_type, shape.uuid, timestamp=shape.timestamp)
     header = vhd.Header(
         max_entries=count, parent_uuid=shape.parent_uuid, parent_name=shape.parent_name
     )
-    table = vhd_directory.pack_table(Blocks.of(shape.order, count).flags, count)
+    table = vhd_directory.pack_table(flags, count)
     try:
         chunks = {"header": header.pack(), "footer": footer.pack(), "bat": table}
     except ValueError as error:
@@ -383,27 +382,12 @@ def _content(result: bytes | ProxyError) -> bytes:
     return result
 
 
-async def _lacks(remote: Remote, path: str, name: str, error: NotFound) -> ProxyError:
-    """The error of a directory without its ``name``: is the directory there at all?"""
-    try:
-        there = bool(await remote.list(path))
-    except NotFound:
-        there = False
-    if not there:
-        return error
-    return Corrupt(
-        f"the disk '{path}' lacks its '{name}'", data={"what": f"{name} missing", "path": path}
-    )
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Say which file is corrupt."""
-    try:
-        yield
-    except (Corrupt, Refused) as error:
-        if "path" in error.data:
-            raise
-        raise type(error)(
-            f"'{path}': {error.message}", code=error.code, data={**error.data, "path": path}
-        ) from error
+async def _raise_lacking(remote: Remote, path: str, name: str, error: NotFound) -> NoReturn:
+    """Raise ``Corrupt`` for a directory without its ``name``, ``error`` when all of it is gone."""
+    with contextlib.suppress(NotFound):
+        if await remote.list(path):
+            raise Corrupt(
+                f"the disk '{path}' lacks its '{name}'",
+                data={"what": f"{name} missing", "path": path},
+            ) from error
+    raise error

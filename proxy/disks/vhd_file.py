@@ -6,13 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Final
 
 from proxy.disks.bitmap import settle_bitmap
-from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of
+from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of, naming
 from proxy.errors import Corrupt
 from proxy.formats import vhd
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from proxy.disks.disk import Block
@@ -54,7 +54,7 @@ class VhdFile(RandomAccess):
         if len(data) < vhd.BITMAP_SIZE + length:
             raise self._corrupt("block cut", f"block {index} is cut", offset)
         into[: len(data)] = data
-        with _naming(self.path):
+        with naming(self.path):
             settle_bitmap(into, length, is_differencing=self.is_differencing)
 
     def _corrupt(self, what: str, message: str, offset: int) -> Corrupt:
@@ -76,8 +76,9 @@ async def open_vhd_file(
     leaves out the latter, as a file has none while blocks are merged into it.
     """
     async with remote.open_read(path) as file:
-        with _naming(path):
-            yield await _read(file, path, check_end=check_end)
+        with naming(path):
+            disk = await _read(file, path, check_end=check_end)
+        yield disk
 
 
 async def _read(file: FileReader, path: str, *, check_end: bool) -> VhdFile:
@@ -169,14 +170,3 @@ class _Writer:
 
 def _corrupt(what: str, message: str, offset: int) -> Corrupt:
     return Corrupt(f"corrupt VHD: {message}", data={"what": what, "offset": offset})
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Say which file is corrupt."""
-    try:
-        yield
-    except Corrupt as error:
-        if "path" in error.data:
-            raise
-        raise Corrupt(f"'{path}': {error.message}", data={**error.data, "path": path}) from error

@@ -3,76 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import trio
 
-from proxy.errors import Canceled, Many, ProxyError, Refused
+from proxy.errors import Canceled, Many, ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.settings import refuse_contradictions
 from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, write_full
-from proxy.jobs.undo import undo_step
-from proxy.repository import clean_vm, date_name
+from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
+from proxy.repository import clean_vm
 from proxy.runtime.buffers import BufferPool
 from proxy.runtime.deadlines import undo_within
 from proxy.xapi import ownership, vms
 from proxy.xapi.migration import block_migration
-from proxy.xapi.snapshots import NO_BACKUP, take_snapshot
+from proxy.xapi.snapshots import NO_BACKUP
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from proxy.jobs.copying import Consumer
-    from proxy.jobs.rate_limit import RateLimit
-    from proxy.jobs.requests import VmJob
-    from proxy.jobs.settings import Settings
     from proxy.tasks import Task
     from proxy.xapi import Xapi
 
 _BUFFERS = 6
 """Of 2 MiB, per VM: enough that network, hash and disk each have one in hand and one waiting."""
-_DESTROY_SECONDS = 300.0
 _MIB = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class VmBackup:
-    """One VM in one run, as every attempt sees it."""
-
-    job: VmJob
-    run_id: str
-    installation: str
-    is_live_run: Callable[[str], bool]
-    snapshot_name: str
-    rate: RateLimit
-    xapi: Xapi
-    vm_ref: str
-    vm: dict[str, Any]
-    settings: Settings
-    stored: set[str] = field(default_factory=set[str])
-    """Ids of the targets that have their backup, whatever happened afterwards."""
-
-    @property
-    def uuid(self) -> str:
-        return str(self.vm["uuid"])
-
-
-def refuse_vm(backup: VmBackup) -> None:
-    """Raise for a VM that must not be backed up; no attempt changes that."""
-    vm = backup.vm
-    if vm.get("other_config", {}).get(ownership.JOB) == backup.job.id and "start" in vm.get(
-        "blocked_operations", {}
-    ):
-        raise Refused("cannot backup a VM created by this very job", code="EREPLICA")
-    operations = set(vm.get("current_operations", {}).values())
-    if operations & {"migrate_send", "pool_migrate"}:
-        raise Refused("cannot backup a VM currently being migrated", code="EMIGRATING")
-    refuse_contradictions(backup.settings)
 
 
 async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> list[str]:
@@ -100,7 +58,7 @@ async def _with_the_vm_kept(
     async with block_migration(backup.xapi, backup.vm_ref):
         await ownership.reset_keys(backup.xapi, backup.vm_ref)
         await _prune(backup, include_unfinished=True)
-        off = _shuts_down(backup)
+        off = shuts_down(backup)
         async with restarted(task, backup, needed=off) as start_now:
             if off:
                 await shut_down(backup)
@@ -115,18 +73,15 @@ async def _snapshot_and_export(
 ) -> list[str]:
     if not _needs_snapshot(backup, await vms.disks(backup.xapi, backup.vm)):
         return await _export(task, backup, backup.vm_ref, backup.vm, targets)
-    async with _snapshot(task, backup) as ref:
+    async with snapshot(task, backup) as ref:
         if backup.settings.offline_snapshot:
             # No reason to lose the backup: the start is tried again at the end, and then told.
             with contextlib.suppress(ProxyError):
                 await start_now()
-        return await _export(task, backup, ref, await backup.xapi.record("VM", ref), targets)
-
-
-def _shuts_down(backup: VmBackup) -> bool:
-    settings = backup.settings
-    wanted = settings.offline_backup or settings.offline_snapshot
-    return wanted and backup.vm.get("power_state") == "Running"
+        failed = await _export(task, backup, ref, await backup.xapi.record("VM", ref), targets)
+    with undo_within("pruning the snapshots", DESTROY_SECONDS):
+        await _prune(backup)
+    return failed
 
 
 def _needs_snapshot(
@@ -139,66 +94,6 @@ def _needs_snapshot(
         or settings.snapshot_retention != 0
         or any(NO_BACKUP in vdi.get("name_label", "") for _, _, vdi in disks)
     )
-
-
-# -- snapshots ----------------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def _snapshot(task: Task, backup: VmBackup) -> AsyncIterator[str]:
-    """A snapshot with all its keys for the block.
-
-    When the block fails it is destroyed, otherwise retention decides, also on a cancel.
-    """
-    xapi = backup.xapi
-    marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
-    async with contextlib.AsyncExitStack() as stack:
-        async with task.child("snapshot") as child:
-            ref = await take_snapshot(
-                xapi,
-                backup.vm_ref,
-                checkpoint=backup.settings.checkpoint_snapshot,
-                bypass_chain_check=backup.settings.bypass_vdi_chains_check,
-                marks=marks,
-            )
-            await stack.enter_async_context(_destroyed_on_failure(task, xapi, ref))
-            taken = time.time()
-            await ownership.set_keys(
-                xapi,
-                ref,
-                {
-                    ownership.SR: None,
-                    ownership.DATETIME: _key_date(taken),
-                    ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
-                    ownership.JOB: backup.job.id,
-                    ownership.SCHEDULE: backup.job.schedule_id,
-                    ownership.VM: backup.uuid,
-                    ownership.RUN: None,
-                    ownership.PROXY: None,
-                    ownership.SHUT_DOWN: None,
-                },
-            )
-            await ownership.set_content_keys(xapi, ref)
-            await xapi.call("VM.set_name_label", ref, backup.snapshot_name)
-            child.result = await xapi.call("VM.get_uuid", ref)
-        yield ref
-    with undo_within("pruning the snapshots", _DESTROY_SECONDS):
-        await _prune(backup)
-
-
-@contextlib.asynccontextmanager
-async def _destroyed_on_failure(task: Task, xapi: Xapi, ref: str) -> AsyncIterator[None]:
-    try:
-        yield
-    except BaseException:
-        async with undo_step("destroy the new snapshot", _DESTROY_SECONDS):
-            await vms.destroy_vm(xapi, ref, bypass_blocked=True)
-        raise
-
-
-def _key_date(seconds: float) -> str:
-    date = date_name(seconds * 1000)
-    return f"{date[:11]}:{date[11:13]}:{date[13:]}"
 
 
 async def _prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:

@@ -33,7 +33,7 @@ async def list_snapshots(xapi: Xapi, vm: dict[str, Any], job_id: str) -> list[Jo
     """
     found: list[JobSnapshot] = []
     for ref, record in await _snapshots(xapi, vm):
-        keys = _keys(record)
+        keys = keys_of(record)
         if (
             record.get("is_a_snapshot")
             and keys.get(ownership.JOB) == job_id
@@ -46,7 +46,7 @@ async def list_snapshots(xapi: Xapi, vm: dict[str, Any], job_id: str) -> list[Jo
                     ref,
                     record["uuid"],
                     keys.get(ownership.SCHEDULE, ""),
-                    keys[ownership.DATETIME].replace(":", ""),
+                    sortable(keys[ownership.DATETIME]),
                 )
             )
     return sorted(found, key=lambda snapshot: snapshot.datetime)
@@ -60,13 +60,19 @@ async def unfinished_snapshots(
         ref
         for ref, record in await _snapshots(xapi, vm)
         if record.get("name_label") == TEMPORARY_NAME
-        and _keys(record).get(ownership.PROXY) == installation
-        and not is_live(_keys(record).get(ownership.RUN, ""))
+        and keys_of(record).get(ownership.PROXY) == installation
+        and not is_live(keys_of(record).get(ownership.RUN, ""))
     ]
 
 
-def _keys(record: dict[str, Any]) -> dict[str, str]:
+def keys_of(record: dict[str, Any]) -> dict[str, str]:
+    """A record's ``other_config``."""
     return record.get("other_config") or {}
+
+
+def sortable(datetime: str) -> str:
+    """A :data:`ownership.DATETIME` key, of which two forms exist, so that it sorts by time."""
+    return datetime.replace(":", "")
 
 
 async def _snapshots(xapi: Xapi, vm: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from proxy.xapi import ownership, vms
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from proxy.jobs.full_backup import VmBackup
+    from proxy.jobs.vm_backup import VmBackup
     from proxy.tasks import Task
 
 _START_SECONDS = 600.0

@@ -74,7 +74,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
     remote_ids = ids_of(job.get("remotes"))
-    _refuse_unsupported(mode, job, levels, remote_ids)
+    _refuse_unsupported(job, levels)
     compression = job.get("compression") or ""
     return VmJob(
         id=str(job.get("id", "")),
@@ -89,11 +89,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     )
 
 
-def _refuse_unsupported(
-    mode: str, job: Mapping[str, Any], levels: SettingLevels, remote_ids: Sequence[str]
-) -> None:
-    if mode == "delta" and remote_ids:
-        raise Refused("incremental backups to remotes are not available yet", code="ENOTSUP")
+def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
     if ids_of(job.get("srs")):
         raise Refused("replication to SRs is not available yet", code="ENOTSUP")
     if levels.run.health_check_sr is not None:
@@ -114,5 +110,8 @@ class RestoreRequest:
     xapi: Mapping[str, Any]
     new_mac_addresses: bool = False
     additional_vm_tag: str | None = None
+    map_vdis_srs: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """SR uuid by the uuid of a disk in the backup; ``None`` leaves the disk out."""
+    use_differential_restore: bool = False
     ignored: tuple[str, ...] = ()
-    """Settings that mean nothing for this backup's mode: told in the log."""
+    """Settings that mean nothing to a restore: told in the log."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from proxy.errors import Corrupt, Refused
+from proxy.jobs.restored_vm import dress_restored
 from proxy.jobs.undo import undo_step
-from proxy.repository import date_name
 from proxy.runtime.buffers import Buffer, BufferPool
-from proxy.xapi import ownership, vms
+from proxy.xapi import vms
 from proxy.xapi.migration import OPERATIONS, REASON
 
 if TYPE_CHECKING:
@@ -36,8 +35,12 @@ async def restore_full(
 
     After a failure or a cancel the half-made VM and its disks are gone.
     """
-    for key in request.ignored:
-        task.warning(f"the setting '{key}' has no effect on the restore of a full backup")
+    for key, given in {
+        "mapVdisSrs": request.map_vdis_srs,
+        "useDifferentialRestore": request.use_differential_restore,
+    }.items():
+        if given:
+            task.warning(f"the setting '{key}' has no effect on the restore of a full backup")
     sr_ref = await xapi.by_uuid("SR", request.sr_uuid)
     async with task.child("transfer") as transfer:
         path = _xva_path(record)
@@ -142,27 +145,7 @@ def _slowest(waited: dict[str, float], upload: Upload) -> str:
 
 
 async def _dress(xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord) -> None:
-    """Name, describe and tag the VM, and take off what belongs to its former life."""
-    original = record.metadata["vm"]
-    name = original.get("name_label")
-    if not isinstance(name, str):
-        name = await xapi.call("VM.get_name_label", vm_ref)
-    restored_on = date_name(time.time() * 1000)
-    remote_name = request.remote.get("name")
-    description = f"Restored on {restored_on}"
-    if remote_name:
-        description += f" from {remote_name}"
-    former = original.get("name_description")
-    if former and isinstance(former, str):
-        description += f" - {former}"
-    date = date_name(record.backup.timestamp)
-    await xapi.call("VM.add_tags", vm_ref, "restored from backup")
-    if request.additional_vm_tag:
-        await xapi.call("VM.add_tags", vm_ref, request.additional_vm_tag)
-    await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
-    await xapi.call("VM.set_name_description", vm_ref, description)
-    await ownership.reset_keys(xapi, vm_ref)
-    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
+    await dress_restored(xapi, vm_ref, request, record)
     await _unblock_migration(xapi, vm_ref)
     if request.new_mac_addresses:
         await _renew_macs(xapi, vm_ref)

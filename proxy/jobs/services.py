@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from proxy.errors import Busy, Refused
+from proxy.jobs.incremental_restore import restore_incremental
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
@@ -121,15 +122,21 @@ class Services:
         secrets.remember_in([request.remote, request.xapi])
         async with self.remote(request.remote) as remote, self.xapi(request.xapi):
             record = await read_backup(remote, path)
-        if record.backup.mode != "full":
+        if record.backup.mode not in ("full", "delta"):
             raise Refused(
-                f"the restore of '{record.backup.mode}' backups is not available yet",
+                f"'{record.backup.mode}' is no kind of backup that can be restored",
                 code="ENOTSUP",
             )
 
         async def work(root: Task) -> dict[str, Any]:
+            for key in request.ignored:
+                root.warning(f"the setting '{key}' is not known and has no effect")
             async with self.remote(request.remote) as remote, self.xapi(request.xapi) as xapi:
-                return await restore_full(root, request, remote, record, xapi)
+                if record.backup.mode == "full":
+                    return await restore_full(root, request, remote, record, xapi)
+                return await restore_incremental(
+                    root, request, remote, record, xapi, installation=self.installation
+                )
 
         properties = {
             "backupId": request.backup_id,

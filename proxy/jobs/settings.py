@@ -18,23 +18,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What a VM's backup is told.  Times are in milliseconds, as XO sends them."""
 
     bypass_vdi_chains_check: bool = False
+    cbt_destroy_snapshot_data: bool = False
+    """Keep of an exported snapshot only the map of what changed since."""
     checkpoint_snapshot: bool = False
     concurrency: _Number = 2
     """VMs at once; 0 is no limit."""
     copy_retention: _Number = 0
     delete_first: bool = False
+    disk_per_vm_concurrency: _Number = 0
+    """Disks of one VM at once; 0 is no limit."""
     distribute_backups: bool = False
     export_retention: _Number = 0
     """Backups kept on a remote, the new one included."""
+    full_interval: _Number = 0
+    """Longest chain of a key backup and its deltas; 0 is no limit."""
     get_remote_timeout: _Number = 300_000
     """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
     health_check_sr: str | None = None
     long_term_retention: dict[str, Any] = {}
     max_export_rate: _Number = 0
     """Bytes per second over all VMs of the run; 0 is no limit."""
+    max_merged_deltas_per_run: _Number | None = None
+    """Old incremental backups that one run removes at most, oldest first."""
+    merge_backups_synchronously: bool = False
+    """Known for Xen Orchestra's sake: merges are always part of the run here."""
     n_retries_vm_backup_failures: int = 0
+    nbd_concurrency: _Number = 1
+    """NBD connections for each disk."""
     offline_backup: bool = False
     offline_snapshot: bool = False
+    prefer_nbd: bool | None = None
+    """``None``: as ``xapiOptions.preferNbd`` says."""
     skip_delete_old_entries: bool = False
     snapshot_retention: _Number = 0
     timeout: _Number = 0
@@ -50,20 +64,8 @@ REPORT_KEYS = frozenset(
 )
 """Read by XO when it writes its report, not by a run."""
 
-DELTA_KEYS = frozenset(
-    {
-        "fullInterval",
-        "preferNbd",
-        "useNbd",
-        "nbdConcurrency",
-        "cbtDestroySnapshotData",
-        "diskPerVmConcurrency",
-        "maxMergedDeltasPerRun",
-        "mergeBackupsSynchronously",
-        "validateVhdStreams",
-    }
-)
-"""Mean something only for incremental backups."""
+DELTA_KEYS = frozenset({"useNbd", "validateVhdStreams"})
+"""``useNbd`` is the former name of ``preferNbd``; streams are always validated."""
 
 HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
 REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})

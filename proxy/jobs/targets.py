@@ -1,4 +1,4 @@
-"""One remote as the target of one VM's full backup."""
+"""One remote as the target of one VM's backup, and a full backup on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proxy.repository import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.jobs.copying import Consumer
     from proxy.jobs.settings import Settings
@@ -61,18 +61,12 @@ async def write_full(
     Old entries are counted before the new one and removed after it, or before it with
     ``deleteFirst``.  Until the metadata is written a failure or a cancel leaves nothing.
     """
-    entries = await _of_schedule(target, copy)
-    same_mode = [backup for backup in entries if backup.mode == "full"]
     settings = target.settings
-    long_term = settings.long_term_retention or None
-    old: list[Backup] = []
-    if not settings.skip_delete_old_entries:
-        old = old_entries(
-            max(0, int(settings.export_retention) - 1), same_mode, long_term, settings.timezone
-        )
-    tags = period_tags(entries, copy.timestamp, long_term, settings.timezone)
+    old, tags = await plan_retention(
+        target, copy.vm_uuid, copy.schedule_id, copy.timestamp, mode="full"
+    )
     if settings.delete_first:
-        await _delete(target, copy, old)
+        await delete_old(target, copy.vm_uuid, old)
     async with open_full_backup(target.remote, copy.vm_uuid, copy.timestamp) as writer:
         async with task.child("transfer") as transfer:
             transfer.progress(0, copy.estimate, estimated=True)
@@ -99,20 +93,35 @@ async def write_full(
         )
     copy.stored.add(target.id)
     if not settings.delete_first:
-        await _delete(target, copy, old)
+        await delete_old(target, copy.vm_uuid, old)
     return backup
 
 
-async def _of_schedule(target: RemoteTarget, copy: FullCopy) -> list[Backup]:
-    """Of every mode: a period belongs to its first backup, whatever that is."""
-    backups = await list_vm_backups(target.remote, copy.vm_uuid)
-    return [backup for backup in backups if backup.schedule_id == copy.schedule_id]
+async def plan_retention(
+    target: RemoteTarget, vm_uuid: str, schedule_id: str, timestamp: int, *, mode: str
+) -> tuple[list[Backup], list[str]]:
+    """Which backups of this schedule the new one makes too old, and the periods it opens.
+
+    Only backups of the same ``mode`` count for retention; a period belongs to its first
+    backup, whatever that is.
+    """
+    settings = target.settings
+    backups = await list_vm_backups(target.remote, vm_uuid)
+    entries = [backup for backup in backups if backup.schedule_id == schedule_id]
+    long_term = settings.long_term_retention or None
+    old: list[Backup] = []
+    if not settings.skip_delete_old_entries:
+        same_mode = [backup for backup in entries if backup.mode == mode]
+        count = max(0, int(settings.export_retention) - 1)
+        old = old_entries(count, same_mode, long_term, settings.timezone)
+    return old, period_tags(entries, timestamp, long_term, settings.timezone)
 
 
-async def _delete(target: RemoteTarget, copy: FullCopy, old: list[Backup]) -> None:
+async def delete_old(target: RemoteTarget, vm_uuid: str, old: Sequence[Backup]) -> None:
+    """Remove what retention found, under the lock that the target holds."""
     if old:
         await delete_backups(
-            target.remote, [backup.id for backup in old], locks={copy.vm_uuid: target.lock}
+            target.remote, [backup.id for backup in old], locks={vm_uuid: target.lock}
         )
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from proxy.errors import Canceled, Many, NotFound, ProxyError, Refused
-from proxy.jobs.full_backup import VmBackup, back_up, refuse_vm
+from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.power import start_left_off
 from proxy.jobs.rate_limit import RateLimit
 from proxy.jobs.targets import RemoteTarget
+from proxy.jobs.vm_backup import Defaults, VmBackup, refuse_vm
 from proxy.repository import lock_vm
 from proxy.runtime.deadlines import deadline
 
@@ -161,19 +162,25 @@ class _VmRun:
             backup = self._vm_backup(xapi, ref, vm, settings)
 
     def _vm_backup(self, xapi: Xapi, ref: str, vm: dict[str, Any], settings: Settings) -> VmBackup:
+        config = self._services.config
         return VmBackup(
             job=self._job,
             run_id=self._root.id,
             installation=self._services.installation,
             is_live_run=lambda run: self._services.tasks.live(run) is not None,
             snapshot_name=_fill_template(
-                self._services.config.backups.snapshot_name_label_tpl, self._job.name, vm
+                config.backups.snapshot_name_label_tpl, self._job.name, vm
             ),
             rate=self._rate,
             xapi=xapi,
             vm_ref=ref,
             vm=vm,
             settings=settings,
+            defaults=Defaults(
+                vhd_directory_compression=config.backups.vhd_directory_compression,
+                max_merged_deltas_per_run=config.backups.max_merged_deltas_per_run,
+                prefer_nbd=config.xapi_options.prefer_nbd,
+            ),
         )
 
     def _targets_of(self, vm: dict[str, Any], settings: Settings) -> dict[str, Settings]:
@@ -195,7 +202,9 @@ class _VmRun:
             return []
         async with self._locked(task, backup.uuid, wanted) as targets:
             lost = [one for one in wanted if one not in {target.id for target in targets}]
-            return lost + await back_up(task, backup, targets)
+            if self._job.mode == "delta" and targets:
+                return lost + await incremental_backup.back_up(task, backup, targets)
+            return lost + await full_backup.back_up(task, backup, targets)
 
     @contextlib.asynccontextmanager
     async def _locked(

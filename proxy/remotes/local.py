@@ -11,14 +11,14 @@ import trio
 
 from proxy.errors import Conflict, NotFound, ProxyError, Refused
 from proxy.remotes import paths, posix
-from proxy.remotes.deferred import EditedFile, Files, rename_all
+from proxy.remotes.deferred import EditedFile, Files, Renames
 from proxy.remotes.lock import hold
 from proxy.remotes.new_file import NewFile, write_whole
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.remotes.interface import (
@@ -123,17 +123,13 @@ class LocalRemote:
     @contextlib.asynccontextmanager
     async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
         file = NewFile(self._root, path, exclusive=exclusive, in_place=self.is_immutable)
-        try:
+        async with _ended(
+            f"removing the temporary file of '{file.path}'",
+            file.discard,
+            note="its temporary file is left behind",
+        ):
             await in_thread(Work.DISK, file.open)
             yield _Writer(file)
-        except BaseException as error:
-            try:
-                await _discard(file)
-            except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
-                error.add_note(f"and its temporary file is left behind: {undo}")
-            raise
-        else:
-            await _discard(file)
 
     def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
         return self._edit(path)
@@ -143,17 +139,15 @@ class LocalRemote:
         if self.is_immutable:
             raise _immutable("changed", path)
         file = await in_thread(Work.DISK, EditedFile, self._root, path)
-        try:
+        async with _ended(f"closing '{file.path}'", file.close, note="it is not closed"):
             yield _Editor(file)
-        finally:
-            file.close()
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
         return self._batch()
 
     @contextlib.asynccontextmanager
     async def _batch(self) -> AsyncIterator[Batch]:
-        files = await in_thread(Work.DISK, Files, self._root)
+        files = await in_thread(Work.DISK, lambda: Files(self._root, exclusive=self.is_immutable))
         try:
             yield _Batch(files)
         finally:
@@ -162,12 +156,15 @@ class LocalRemote:
     async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
         if self.is_immutable and pairs:
             raise _immutable("renamed", pairs[0][0])
-        missing: deque[int] = deque()
-        for first in range(0, len(pairs), _RENAMES_PER_HOP):
-            some = pairs[first : first + _RENAMES_PER_HOP]
-            found = await in_thread(Work.DISK, rename_all, self._root, some)
-            missing.extend(first + position for position in found)
-        return tuple(missing)
+        renames = Renames(self._root)
+        async with _ended(
+            "making renames durable", renames.sync, note="a crash may undo what was renamed"
+        ):
+            for first in range(0, len(pairs), _RENAMES_PER_HOP):
+                some = pairs[first : first + _RENAMES_PER_HOP]
+                await in_thread(Work.DISK, renames.run, some, first)
+            await in_thread(Work.DISK, renames.sync)
+        return tuple(renames.missing)
 
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
         return self._open_read(path)
@@ -294,10 +291,28 @@ def _immutable(what: str, path: str) -> Refused:
     )
 
 
-async def _discard(file: NewFile) -> None:
-    with undo_within(f"removing the temporary file of '{file.path}'", _UNDO_SECONDS):
-        # abandoned on a remote that hangs: it removes only what nobody else knows
-        await in_thread(Work.DISK, file.discard, abandon=True)
+@contextlib.asynccontextmanager
+async def _ended(name: str, end: Callable[[], None], *, note: str) -> AsyncIterator[None]:
+    """Call ``end`` behind the block, whatever happens; ``note`` is what its failure means.
+
+    The block's own error is the one to tell: a failure of ``end`` is then added to it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            await _end(name, end)
+        except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
+            error.add_note(f"and {note}: {undo}")
+        raise
+    else:
+        await _end(name, end)
+
+
+async def _end(name: str, end: Callable[[], None]) -> None:
+    with undo_within(name, _UNDO_SECONDS):
+        # abandoned on a remote that hangs: it touches only what nobody else knows
+        await in_thread(Work.DISK, end, abandon=True)
 
 
 class _Writer:

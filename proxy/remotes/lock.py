@@ -36,7 +36,7 @@ import trio
 
 from proxy.errors import Busy, ProxyError, Refused, Unreachable
 from proxy.remotes import paths
-from proxy.remotes.new_file import rename_no_replace
+from proxy.remotes.syscalls import rename_no_replace
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
 from proxy.runtime.trouble import tell_trouble

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import trio
 
@@ -11,7 +11,7 @@ from proxy.errors import ProxyError
 from proxy.remotes.wrapper import Operation, Wrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from proxy.remotes.interface import Remote
 
@@ -68,4 +68,9 @@ def _size(operation: Operation, result: object) -> int:
         return operation.size
     if isinstance(result, bytes):
         return len(result)
-    return result if operation.verb == "read.read_into" and isinstance(result, int) else 0
+    if operation.verb in ("read.read_into", "edit.read_into") and isinstance(result, int):
+        return result
+    if operation.verb == "read_files":
+        contents = cast("Sequence[bytes | ProxyError]", result)
+        return sum(len(content) for content in contents if isinstance(content, bytes))
+    return 0

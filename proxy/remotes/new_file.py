@@ -6,7 +6,6 @@ Blocking, as :mod:`proxy.remotes.posix`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import time
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import Corrupt
 from proxy.remotes import paths
-from proxy.remotes.posix import UNSUPPORTED, sync_directory
+from proxy.remotes.posix import sync_directory
+from proxy.remotes.syscalls import SYNC_AND_WAIT, SYNC_START, rename_no_replace, sync_range
 
 if TYPE_CHECKING:
     from proxy.remotes.posix import Root
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 _FILE_MODE = 0o644
 _WINDOW = 16 * 1024 * 1024
 """Bytes between two starts of write-back; at most two windows are dirty at any time."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_RENAME_NOREPLACE = 1
-_SYNC_START, _SYNC_AND_WAIT = 2, 7
 
 
 def write_whole(
@@ -118,12 +114,12 @@ class NewFile:
 
     def _write_back(self, descriptor: int) -> None:
         start, self._started = self._started, self._size
-        if not _sync_range(descriptor, start, self._size - start, _SYNC_START):
+        if not sync_range(descriptor, start, self._size - start, SYNC_START):
             self._early_writeback = False
             return
         settled, self._settled = self._settled, start
         if start > settled:
-            _sync_range(descriptor, settled, start - settled, _SYNC_AND_WAIT)
+            sync_range(descriptor, settled, start - settled, SYNC_AND_WAIT)
             os.posix_fadvise(descriptor, settled, start - settled, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
@@ -181,42 +177,6 @@ class NewFile:
         finally:
             self._directory = None
             self._stack.close()
-
-
-def _sync_range(descriptor: int, offset: int, length: int, flags: int) -> bool:
-    """``sync_file_range``; false when this file system has no such thing.
-
-    Its errors are final: having been told once, fsync does not report them again.
-    """
-    done = _libc.sync_file_range(
-        ctypes.c_int(descriptor),
-        ctypes.c_int64(offset),
-        ctypes.c_int64(length),
-        ctypes.c_uint(flags),
-    )
-    if done == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in UNSUPPORTED or number == errno.ESPIPE:
-        return False
-    raise OSError(number, os.strerror(number))
-
-
-def rename_no_replace(directory: int, old: str, new: str) -> bool:
-    """Rename unless ``new`` exists (``FileExistsError``); false when not supported here."""
-    done = _libc.renameat2(
-        ctypes.c_int(directory),
-        ctypes.c_char_p(os.fsencode(old)),
-        ctypes.c_int(directory),
-        ctypes.c_char_p(os.fsencode(new)),
-        ctypes.c_uint(_RENAME_NOREPLACE),
-    )
-    if done == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number))
 
 
 def _rename_to_free_name(directory: int, old: str, new: str) -> None:

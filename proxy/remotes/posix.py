@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING
 from proxy.errors import Corrupt, ProxyError, Refused, Unreachable, from_os_error
 from proxy.remotes import paths
 from proxy.remotes.interface import Entry, FileStat, RemoteInfo
+from proxy.remotes.syscalls import UNSUPPORTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-"""How a file system says that it has no such operation."""
 
 
 class Root:
@@ -144,12 +143,8 @@ class Root:
     @contextlib.contextmanager
     def parent(self, path: str, *, create: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds ``path``, and its name there; raises ``OSError``."""
-        name = paths.name(path)
-        if not name:
-            raise Refused(
-                "EBUSY: the root of a remote cannot be changed", code="EBUSY", data={"path": "/"}
-            )
-        with self.directory(paths.parent(path), create=create) as here:
+        above, name = split(path)
+        with self.directory(above, create=create) as here:
             yield here, name
 
     # -- reading
@@ -273,6 +268,16 @@ class Root:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=here)
         return below
+
+
+def split(path: str) -> tuple[str, str]:
+    """The directory that holds ``path``, and its name there; ``Refused`` for the root."""
+    above, _, name = paths.normalise(path).rpartition("/")
+    if not name:
+        raise Refused(
+            "EBUSY: the root of a remote cannot be changed", code="EBUSY", data={"path": "/"}
+        )
+    return above, name
 
 
 @contextlib.contextmanager

@@ -52,7 +52,9 @@ class Operation:
     """What is written; valid only during the call."""
     exclusive: bool = False
     offset: int = 0
-    """``edit.*``: where in the file."""
+    """``edit.*``: where in the file; ``edit.truncate``: its new size."""
+    batch: object = None
+    """``batch.*``: which one, the same object for all its operations."""
     pairs: Sequence[tuple[str, str]] = ()
     """``rename_all``: old and new names."""
     partially: Callable[[int], Awaitable[None]] | None = None
@@ -138,7 +140,8 @@ class Wrapper:
     async def _batch(self) -> AsyncIterator[Batch]:
         async with contextlib.AsyncExitStack() as stack:
             inner = await self.around(
-                Operation("batch.open", ""), lambda: stack.enter_async_context(self.inner.batch())
+                Operation("batch.open", ""),
+                lambda: stack.enter_async_context(self.inner.batch()),
             )
             yield _Batch(self, inner)
 
@@ -312,13 +315,14 @@ class _Batch:
                 path,
                 size=len(data),
                 data=data,
+                batch=self,
                 partially=lambda size: self._inner.write(path, memoryview(data)[:size]),
             ),
             lambda: self._inner.write(path, data),
         )
 
     async def commit(self) -> None:
-        await self._owner.around(Operation("batch.commit", ""), self._inner.commit)
+        await self._owner.around(Operation("batch.commit", "", batch=self), self._inner.commit)
 
 
 class _Lock:

@@ -53,6 +53,8 @@ async def clean_vm(
     warn: Warn,
     min_age: float = ORPHAN_AGE,
     now: Callable[[], float] = time.time,
+    merge: bool = False,
+    merging: Any = None,
 ) -> dict[str, Any]:
     """Clean the directory of ``vm_uuid``, whose ``lock`` the caller holds.
 

@@ -238,6 +238,39 @@ def encode_full(metadata: Mapping[str, Any], *, xva: str, size: int) -> bytes:
     return msgspec.json.encode(record)
 
 
+_DELTA_FIELDS = (
+    "includeNonNbdQcow2Fix",
+    "isVhdDifferencing",
+    "jobId",
+    "mode",
+    "scheduleId",
+    "timestamp",
+    "vbds",
+    "vdis",
+    "version",
+    "vifs",
+    "vhds",
+    "vm",
+    "vmSnapshot",
+    "vtpms",
+    "tags",
+    "size",
+)
+
+
+def encode_delta(metadata: Mapping[str, Any], *, vhds: Mapping[str, str], size: int) -> bytes:
+    """The content of ``<TS>.json`` of an incremental backup, in the order of today's files.
+
+    ``metadata`` brings every other field but ``mode`` and ``version``; a field that is ``None``
+    is left out.  ``vhds`` gives each disk's path relative to the VM's directory by the
+    reference of its VDI, ``size`` the sum of their bytes as VHD streams.
+    """
+    record = {**metadata, "mode": "delta", "version": "2.0.0", "vhds": dict(vhds), "size": size}
+    known = {key: record[key] for key in _DELTA_FIELDS if record.get(key) is not None}
+    more = {key: value for key, value in record.items() if key not in _DELTA_FIELDS}
+    return msgspec.json.encode(known | more)
+
+
 def format_listing(backup: Backup, remote_id: str) -> dict[str, Any]:
     """One entry of ``backup.listVmBackups``: fields and order as Xen Orchestra expects.
 

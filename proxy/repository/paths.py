@@ -101,6 +101,31 @@ def split_backup_path(path: str) -> tuple[str, str]:
     return vm, name
 
 
+def disk_directory(vm_uuid: str, job_id: str, disk_uuid: str) -> str:
+    """Where the chain of one disk is: ``/xo-vm-backups/<vm>/vdis/<job>/<disk>``.
+
+    ``Refused`` when a part is not one safe path segment.
+    """
+    for part, what in ((job_id, "job"), (disk_uuid, "disk")):
+        if _SAFE_SEGMENT.fullmatch(part) is None or part.startswith("."):
+            raise Refused(f"{part[:100]!r} cannot be the id of a {what}", code="EINVAL")
+    return f"{vm_directory(vm_uuid)}/{DISKS_NAME}/{job_id}/{disk_uuid}"
+
+
+def disk_path(backup_id: str, relative: str) -> str | None:
+    """The disk that the metadata ``backup_id`` names; ``None`` when that is no disk of its VM.
+
+    Always ``vdis/<job>/<disk>/<TS>[.alias].vhd``.  A field that points elsewhere is not
+    followed: the metadata may come from anybody.
+    """
+    parts = relative.removeprefix("./").split("/")
+    if len(parts) != 4 or parts[0] != DISKS_NAME or not parts[3].endswith(".vhd"):
+        return None
+    if any(_SAFE_SEGMENT.fullmatch(part) is None or part.startswith(".") for part in parts):
+        return None
+    return f"{backup_id.rpartition('/')[0]}/{'/'.join(parts)}"
+
+
 def xva_name(metadata: Mapping[str, object] | str | None) -> str | None:
     """The file name that a full backup's ``xva`` field means, ``None`` when it means none.
 

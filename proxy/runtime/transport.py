@@ -27,6 +27,7 @@ from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractAsyncContextManager
 
 ENOUGH: Final = 256 * 1024
 """Bytes that are worth a hop: a thread that moved them no longer waits for more."""
@@ -104,6 +105,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 class Connection:
     """One socket to ``peer`` (``host:port``).  Used by one reader and one writer at a time.
 
+    With TLS a thread of the one and a thread of the other would tear OpenSSL's state apart:
+    they take turns, and nobody holds the turn while waiting for the peer.
+
     A cancelled wait leaves the connection usable only for :meth:`abort` or :meth:`close`;
     both are idempotent, never block, and must not be called while a call is in progress
     (a cancelled call has ended when its exception arrives).
@@ -112,7 +116,7 @@ class Connection:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.peer = peer
         self._socket: socket.socket | None = sock
-        self._secure = isinstance(sock, ssl.SSLSocket)
+        self._turn = _turns(sock)
         self._lossy = False
         self._failure: OSError | None = None
         """Met behind bytes that were delivered first; a socket tells it only once."""
@@ -137,7 +141,8 @@ class Connection:
             while True:
                 if self._failure is not None:
                     raise self._failure
-                moved, wanted, self._failure = await in_thread(Work.NETWORK, _fill, sock, view)
+                async with self._turn:
+                    moved, wanted, self._failure = await in_thread(Work.NETWORK, _fill, sock, view)
                 if wanted is None or moved:
                     return moved
                 await _ready(sock, wanted)
@@ -145,15 +150,48 @@ class Connection:
             raise self._broken(error) from error
 
     async def receive_now(self, view: memoryview) -> int | None:
-        """What is there without waiting: a count, 0 at the end, ``None`` when nothing is."""
+        """What is there without waiting: a count, 0 at the end, ``None`` when nothing is.
+
+        Moves it in the event loop: for views of a few KiB.
+        """
         try:
-            if self._failure is not None:
-                raise self._failure
-            moved, wanted, self._failure = _fill(self._sock, view, 0)
+            async with self._turn:
+                if self._failure is not None:
+                    raise self._failure
+                moved, wanted, self._failure = _fill(self._sock, view, 0)
         except OSError as error:
             raise self._broken(error) from error
         await trio.lowlevel.checkpoint()
         return None if wanted is not None and not moved else moved
+
+    async def receive_ready(self, view: memoryview) -> int | None:
+        """As :meth:`receive_now` in a worker thread, which waits a moment for more to come.
+
+        ``view`` is not touched any more when this returned or raised, soon also on cancel.
+        """
+        sock = self._sock
+        try:
+            async with self._turn:
+                if self._failure is not None:
+                    raise self._failure
+                moved, wanted, self._failure = await in_thread(Work.NETWORK, _fill, sock, view)
+        except OSError as error:
+            raise self._broken(error) from error
+        return None if wanted is not None and not moved else moved
+
+    async def receive_exactly(self, count: int) -> bytes:
+        """``count`` bytes, a few KiB, and not one more; raises ``Unreachable`` when it ends."""
+        received = bytearray(count)
+        view = memoryview(received)
+        while view:
+            moved = await self.receive_now(view)
+            if moved is None:
+                await self.wait_readable()
+                continue
+            if not moved:
+                raise Unreachable(f"{self.peer} closed the connection", code="ECONNRESET")
+            view = view[moved:]
+        return bytes(received)
 
     async def send_all(self, data: memoryview) -> None:
         """Hand all of ``data`` to the socket.  On cancel some of it may be sent already."""
@@ -161,7 +199,8 @@ class Connection:
         offset = 0
         try:
             while offset < len(data):
-                moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data[offset:])
+                async with self._turn:
+                    moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data[offset:])
                 offset += moved
                 if wanted is not None:
                     await _ready(sock, wanted)
@@ -176,12 +215,46 @@ class Connection:
         sock = self._sock
         try:
             while True:
-                moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data)
+                async with self._turn:
+                    moved, wanted = await in_thread(Work.NETWORK, _drain, sock, data)
                 if moved or wanted is None:
                     return moved
                 await _ready(sock, wanted)
         except OSError as error:
             raise self._broken(error) from error
+
+    async def send_message(self, data: bytes) -> None:
+        """Send a few bytes from the event loop.  On cancel some of them may be sent already."""
+        view = memoryview(data)
+        sock = self._sock
+        try:
+            while True:
+                async with self._turn:
+                    moved, wanted = _drain(sock, view, 0)
+                view = view[moved:]
+                if wanted is None:
+                    return
+                await _ready(sock, wanted)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def start_tls(self, context: ssl.SSLContext, server_name: str | None = None) -> None:
+        """Speak TLS from the next byte on; nothing may have been read beyond the last one.
+
+        Raises ``Unreachable``; then, and on cancel, the connection is closed.
+        """
+        sock, self._socket = self._sock, None
+        try:
+            self._socket = await _handshake(sock, context, server_name)
+        except OSError as error:
+            raise self._broken(error) from error
+        self._turn = _turns(self._socket)
+
+    @property
+    def certificate(self) -> bytes | None:
+        """The peer's certificate (DER) as it came in the TLS handshake, trusted or not."""
+        sock = self._socket
+        return sock.getpeercert(binary_form=True) if isinstance(sock, ssl.SSLSocket) else None
 
     async def wait_readable(self) -> None:
         """Wait until a byte, the end or an error can be read."""
@@ -207,15 +280,22 @@ class Connection:
                 )
         self.close()
 
-    def close(self) -> None:
-        """Close; what was sent still arrives."""
+    def close(self, farewell: bytes = b"") -> None:
+        """Close; what was sent still arrives, and a short ``farewell`` if there is room for it."""
         if self._socket is not None:
             self._lossy = self.lossy
             sock, self._socket = self._socket, None
+            if farewell:
+                with contextlib.suppress(OSError):
+                    sock.send(farewell)
             sock.close()
 
     def _broken(self, error: OSError) -> ProxyError:
         return connect_error(error, self.peer)
+
+
+def _turns(sock: socket.socket) -> AbstractAsyncContextManager[object]:
+    return trio.Lock() if isinstance(sock, ssl.SSLSocket) else contextlib.nullcontext()
 
 
 def _fill(
@@ -251,10 +331,12 @@ def _fill(
     return moved, None, None
 
 
-def _drain(sock: socket.socket, data: memoryview) -> tuple[int, int | None]:
+def _drain(
+    sock: socket.socket, data: memoryview, patience: float = PATIENCE
+) -> tuple[int, int | None]:
     """Move bytes to ``sock``; returns the count and what to wait for (``None``: all moved)."""
     moved = 0
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while moved < len(data):
         try:
             moved += sock.send(data[moved:])
@@ -358,7 +440,9 @@ async def _open_tcp(host: str, port: int, peer: str) -> socket.socket:
     return sock
 
 
-async def _handshake(sock: socket.socket, context: ssl.SSLContext, host: str) -> ssl.SSLSocket:
+async def _handshake(
+    sock: socket.socket, context: ssl.SSLContext, host: str | None
+) -> ssl.SSLSocket:
     secure = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     try:
         while True:

@@ -15,8 +15,7 @@ from cryptography.x509.oid import NameOID
 
 
 @functools.cache
-def server_context() -> ssl.SSLContext:
-    """A TLS context with a new certificate for the loopback addresses."""
+def _identity() -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sim-host-1")])
     start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
@@ -40,10 +39,22 @@ def server_context() -> ssl.SSLContext:
         )
         .sign(key, hashes.SHA256())
     )
+    return certificate, key
+
+
+def certificate_pem() -> str:
+    """The certificate of all hosts, new in each process."""
+    return _identity()[0].public_bytes(serialization.Encoding.PEM).decode()
+
+
+@functools.cache
+def server_context() -> ssl.SSLContext:
+    """A TLS context with a new certificate for the loopback addresses."""
+    _, key = _identity()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # ssl loads certificates from files only
     with tempfile.NamedTemporaryFile() as file:
-        file.write(certificate.public_bytes(serialization.Encoding.PEM))
+        file.write(certificate_pem().encode())
         file.write(
             key.private_bytes(
                 serialization.Encoding.PEM,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.errors import XapiError
-from proxy.simulator.exports import export_disk, export_vm
+from proxy.simulator.disk_transfers import export_disk, import_disk
+from proxy.simulator.exports import export_vm
 from proxy.simulator.http import error_page
 from proxy.simulator.imports import import_vm
 from proxy.simulator.transfers import Transfer, guarded
@@ -21,6 +22,7 @@ _HANDLERS = {
     ("GET", "/export"): export_vm,
     ("GET", "/export_raw_vdi"): export_disk,
     ("PUT", "/import"): import_vm,
+    ("PUT", "/import_raw_vdi"): import_disk,
 }
 
 

@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 UNIT = 1024 * 1024
+BLOCK = 2 * UNIT
+"""What VHD streams and change tracking count in."""
 _VARIANTS = 16
 _ZERO = bytes(UNIT)
+ZEROS = memoryview(_ZERO)
+"""As long as a unit."""
 _STAMP = struct.Struct(">8sQQQ")
 _MAGIC = b"simdisk\0"
 Kind = Literal["random", "text"]
@@ -137,10 +141,56 @@ class DiskContent:
         return other
 
     def resize(self, size: int) -> None:
-        """Grow with zeros."""
+        """Grow with zeros.  A disk does not shrink."""
+        number, length = divmod(self.size, UNIT)
+        if length and size > self.size:
+            # what stood in the last unit ends here, however much of it was generated
+            self._written[number] = _kept(memoryview(self._padded(number)))
         self.size = size
 
-    def _unit(self, number: int) -> Stamped | bytes | None:
+    # Changes
+
+    def changed_units(self, base: DiskContent) -> list[int]:
+        """The 2 MiB blocks, ascending, whose bytes differ from those of ``base``.
+
+        Exact: beyond the end of ``base`` there are zeros.  Costs little for a snapshot or a
+        clone, where only the units that either side wrote are looked at.
+        """
+        if self._origin == base._origin:
+            numbers = self._written.keys() | base._written.keys()
+            if self.size != base.size:
+                numbers.add(min(self.size, base.size) // UNIT)
+        else:
+            numbers = set(range(-(-self.size // UNIT)))
+        blocks = {number // 2 for number in numbers if self._differs(base, number)}
+        return sorted(blocks)
+
+    @property
+    def _origin(self) -> tuple[object, ...]:
+        return self._kind, self._seed, self._fill, self.file, self._base_size
+
+    def visible(self, number: int) -> int:
+        """Bytes of a unit that lie inside the disk."""
+        return max(0, min(UNIT, self.size - number * UNIT))
+
+    def _padded(self, number: int) -> bytes:
+        """A unit with zeros behind the end of the disk."""
+        return b"".join(self.unit(number)).ljust(UNIT, b"\0")
+
+    def _differs(self, base: DiskContent, number: int) -> bool:
+        length = self.visible(number)
+        if not length:
+            return False
+        ours, theirs = self.stored(number), base.stored(number)
+        if length == base.visible(number):
+            if ours is theirs or ours == theirs:
+                return False
+            if length == UNIT and isinstance(ours, Stamped) and isinstance(theirs, Stamped):
+                return True
+        return self._padded(number) != base._padded(number)
+
+    def stored(self, number: int) -> Stamped | bytes | None:
+        """What a MiB is made of: generated, its bytes, or None for zeros."""
         if number in self._written:
             return self._written[number]
         if number * UNIT >= self._base_size:
@@ -156,7 +206,7 @@ class DiskContent:
 
     def read(self, offset: int, length: int) -> list[memoryview] | None:
         """``length`` bytes inside one unit, in pieces; None when they are zeros."""
-        unit = self._unit(offset // UNIT)
+        unit = self.stored(offset // UNIT)
         if unit is None:
             return None
         start = offset % UNIT
@@ -170,9 +220,15 @@ class DiskContent:
             return [content, stamp[: end - len(content)]]
         return [memoryview(bytes(content) + bytes(stamp))[start:end]]
 
+    def unit(self, number: int) -> list[memoryview]:
+        """What lies inside the disk of the ``number``-th MiB, in pieces."""
+        length = self.visible(number)
+        pieces = self.read(number * UNIT, length) if length else []
+        return [ZEROS[:length]] if pieces is None else pieces
+
     def xxh64(self, offset: int, length: int) -> str | None:
         """The checksum of a whole unit where it costs nothing."""
-        unit = self._unit(offset // UNIT)
+        unit = self.stored(offset // UNIT)
         if not isinstance(unit, Stamped) or offset % UNIT or length != UNIT:
             return None
         return unit.xxh64()
@@ -199,12 +255,39 @@ class DiskContent:
             view = view[len(part) :]
             offset += len(part)
 
+    def mutate(self, blocks: Iterable[int], seed: int) -> None:
+        """Write new generated content into these 2 MiB blocks, all that lies inside the disk.
+
+        The same ``seed`` writes the same content; it takes no memory.  ``IndexError`` for a
+        block beyond the end, before anything is written.
+        """
+        numbers: list[int] = []
+        for block in blocks:
+            if not 0 <= block < self.blocks:
+                raise IndexError(f"block {block} of a disk of {self.blocks} blocks")
+            numbers += [2 * block, 2 * block + 1]
+        for number in numbers:
+            length = self.visible(number)
+            if length == UNIT:
+                self._written[number] = Stamped(self._kind or "random", seed, number)
+            elif length:
+                # its stamp lies beyond the end: what makes it new must stand inside
+                mark = _STAMP.pack(_MAGIC, seed, number, 0)[:length]
+                self._written[number] = mark + self._padded(number)[len(mark) : length]
+
+    @property
+    def blocks(self) -> int:
+        """2 MiB blocks, the last one perhaps in part."""
+        return -(-self.size // BLOCK)
+
+    def is_zero(self, block: int) -> bool:
+        """Whether a 2 MiB block is known to be zeros (a file's is not read before)."""
+        return self.stored(2 * block) is None and self.stored(2 * block + 1) is None
+
     def chunks(self) -> Iterator[bytes]:
         """The whole content, at most 1 MiB at a time."""
-        for offset in range(0, self.size, UNIT):
-            length = min(UNIT, self.size - offset)
-            pieces = self.read(offset, length)
-            yield bytes(length) if pieces is None else b"".join(pieces)
+        for number in range(-(-self.size // UNIT)):
+            yield b"".join(self.unit(number))
 
     @property
     def allocated(self) -> int:
@@ -212,7 +295,7 @@ class DiskContent:
         if self.file is not None:
             return self.size
         units = -(-self.size // UNIT)
-        return sum(UNIT for number in range(units) if self._unit(number) is not None)
+        return sum(UNIT for number in range(units) if self.stored(number) is not None)
 
 
 def _kept(data: memoryview) -> Stamped | bytes | None:

@@ -1,4 +1,4 @@
-"""GET /export and /export_raw_vdi: a VM as XVA, a disk as its bytes."""
+"""GET /export: a VM as XVA."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def export_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
         )
         outlet = Outlet(pool, wire, transfer)
         slow_source = any(pool.disks.contents[vdi].file is not None for vdi, _ in disks)
-        await _pump(
+        await pump(
             pool,
             outlet,
             transfer,
@@ -70,30 +70,8 @@ async def export_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
         pool.tasks.succeed(transfer.task)
         transfer.ended = "complete"
     finally:
-        _release(pool, drives)
+        release(pool, drives)
         pool.vms.end(vm, transfer.task)
-
-
-async def export_disk(pool: SimulatedPool, wire: Wire, request: Head, transfer: Transfer) -> None:
-    """GET /export_raw_vdi?format=raw: the bytes of one disk."""
-    if request.query.get("format", "raw") != "raw":
-        raise Refusal(404, XapiError("INTERNAL_ERROR", ["unknown format"]))
-    vdi = request.query.get("vdi", "")
-    if pool.store.find("VDI", vdi) is None:
-        vdi = _lookup(pool, "VDI", vdi)
-    content = pool.disks.content(vdi)
-    drive = pool.disks.attach_to_dom0(vdi)
-    try:
-        headers = {"content-type": "application/octet-stream", "task-id": transfer.task}
-        await wire.send(head(200, headers=headers, length=False))
-        outlet = Outlet(pool, wire, transfer)
-        chunks = (memoryview(chunk) for chunk in content.chunks())
-        await _pump(pool, outlet, transfer, chunks, content.size or 1, "", threaded=True)
-        await outlet.finish()
-        pool.tasks.succeed(transfer.task)
-        transfer.ended = "complete"
-    finally:
-        _release(pool, [drive])
 
 
 def _lookup(pool: SimulatedPool, kind: str, identifier: str) -> str:
@@ -103,7 +81,8 @@ def _lookup(pool: SimulatedPool, kind: str, identifier: str) -> str:
         raise Refusal(500, error) from error
 
 
-def _release(pool: SimulatedPool, drives: list[str]) -> None:
+def release(pool: SimulatedPool, drives: list[str]) -> None:
+    """Detach what a transfer attached to dom0, after the pool's ``dom0_lag``."""
     if pool.dom0_lag > 0:
         pool.spawn(_release_later, pool, drives)
         return
@@ -117,7 +96,7 @@ async def _release_later(pool: SimulatedPool, drives: list[str]) -> None:
         pool.disks.detach_from_dom0(drive)
 
 
-async def _pump(
+async def pump(
     pool: SimulatedPool,
     outlet: Outlet,
     transfer: Transfer,
@@ -138,8 +117,7 @@ async def _pump(
             batch, read, more = await in_thread(Work.DISK, _collect, pieces)
         else:
             batch, read, more = _collect(pieces)
-        for piece in batch:
-            await outlet.send(piece)
+        await outlet.send_together(batch)
         if not more:
             return
         done += read

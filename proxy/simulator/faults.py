@@ -13,6 +13,7 @@ from typing import Literal
 import trio
 
 Cut = Literal["reset", "end", "stall", "http500"]
+Damage = Literal["no footer", "partial bitmap"]
 
 
 @dataclass(slots=True)
@@ -37,6 +38,10 @@ class Fault:
     * ``task``: how the task of a cut transfer ends (``failure``); ``success`` is the pool
       that lies, ``pending`` the one that died.
     * ``rate``: bytes per second.
+    * ``damage``: a VHD export without its last footer, or whose first block has a bitmap that
+      leaves out its last sector; everything else looks well.
+
+    For NBD see :mod:`proxy.simulator.nbd`; ``size``: tell this size of the export.
 
     For both ``delay``: seconds before anything happens.
     """
@@ -56,6 +61,8 @@ class Fault:
     after_bytes: int | None = None
     task: Literal["failure", "success", "pending"] = "failure"
     rate: float | None = None
+    damage: Damage | None = None
+    size: int | None = None
     hits: int = field(default=0, init=False)
     """How often it was applied."""
     _seen: int = field(default=0, init=False)

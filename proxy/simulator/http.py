@@ -6,14 +6,16 @@ import contextlib
 import math
 import socket
 import struct
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _REASONS = {
     200: "OK",
@@ -27,6 +29,7 @@ _REASONS = {
     501: "Method Not Implemented",
 }
 READ_SIZE = 1024 * 1024
+_MOST_PIECES = 64
 _CLOSED = {7, 8}
 """TCP_CLOSE and TCP_CLOSE_WAIT of Linux's ``tcp_info``: the peer has left."""
 
@@ -90,6 +93,23 @@ class Wire:
         try:
             await self.stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Gone from error
+
+    async def send_together(self, pieces: Sequence[memoryview]) -> None:
+        """Send all of many pieces with few system calls; raises ``Gone``."""
+        if self._raw is None or self.stream is not self._raw:
+            for piece in pieces:
+                await self.send(piece)
+            return
+        left = deque(pieces)
+        try:
+            while left:
+                sent = await self._raw.socket.sendmsg(list(islice(left, _MOST_PIECES)))
+                while left and sent >= len(left[0]):
+                    sent -= len(left.popleft())
+                if sent:
+                    left[0] = left[0][sent:]
+        except (OSError, trio.ClosedResourceError) as error:
             raise Gone from error
 
     async def respond(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, Any
 
-import trio
 import zstandard
 
 from proxy.errors import Corrupt, XapiError
@@ -13,26 +12,12 @@ from proxy.formats.xva import CHUNK, ChunkData, ChunkEnd, ChunkStart, OvaXml, Re
 from proxy.runtime.threads import Work, in_thread
 from proxy.simulator.http import head
 from proxy.simulator.records import is_null
-from proxy.simulator.transfers import Outlet, Refusal, Transfer
+from proxy.simulator.transfers import Inlet, Refusal, Transfer
 from proxy.simulator.vm_archive import Restoration
 
 if TYPE_CHECKING:
     from proxy.simulator.http import Head, Wire
     from proxy.simulator.pool import SimulatedPool
-
-
-class _Inlet(Outlet):
-    """Passes what was received through the byte gates and faults, in the same places."""
-
-    async def take(self, size: int) -> None:
-        """Account for ``size`` received bytes: stops where a gate or a cut stands."""
-        while size:
-            part = self._until_stop(size)
-            self._transfer.sent += part
-            size -= part
-            if self._fault and self._fault.rate:
-                await trio.sleep_until(self._started + self._transfer.sent / self._fault.rate)
-            await self._stops()
 
 
 async def import_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Transfer) -> None:
@@ -43,7 +28,7 @@ async def import_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
         raise Refusal(403, XapiError("INTERNAL_ERROR", ["content-length missing"]))
     sr = _target(pool, request)
     await wire.send(head(200, headers={"task-id": transfer.task}, length=False))
-    inlet = _Inlet(pool, wire, transfer)
+    inlet = Inlet(pool, wire, transfer)
     importer = _Importer(pool, transfer, sr, request)
     done = False
     try:

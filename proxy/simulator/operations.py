@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import XapiError
 from proxy.simulator import generic
-from proxy.simulator.disks import UNIT, DiskContent
+from proxy.simulator.disks import BLOCK, DiskContent
 from proxy.simulator.events import inject
 from proxy.simulator.records import SCHEMA, is_null
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from proxy.simulator.pool import SimulatedPool
 
-_CBT_BLOCK = 64 * 1024
+_CBT_GRAIN = 64 * 1024
+_BLOCK_BYTES = BLOCK // _CBT_GRAIN // 8
+"""Bytes of the bitmap of changes for one block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Operation:
     least: int
     most: int
     vm_operation: str | None = None
+    with_session: bool = False
+    """Its effect depends on the caller's session, which it gets before its parameters."""
 
     def check_count(self, method: str, params: list[Any]) -> None:
         if not self.least <= len(params) <= self.most:
@@ -39,11 +43,16 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {}
 
 
-def _operation(name: str, vm_operation: str | None = None) -> Callable[[Any], Any]:
+def _operation(
+    name: str, vm_operation: str | None = None, *, with_session: bool = False
+) -> Callable[[Any], Any]:
     def register(function: Any) -> Any:
-        parameters = list(inspect.signature(function).parameters.values())[1:]
+        given = 2 if with_session else 1
+        parameters = list(inspect.signature(function).parameters.values())[given:]
         required = [each for each in parameters if each.default is inspect.Parameter.empty]
-        OPERATIONS[name] = Operation(function, len(required), len(parameters), vm_operation)
+        OPERATIONS[name] = Operation(
+            function, len(required), len(parameters), vm_operation, with_session
+        )
         return function
 
     return register
@@ -52,7 +61,11 @@ def _operation(name: str, vm_operation: str | None = None) -> Callable[[Any], An
 def method_names() -> list[str]:
     """Everything that ``system.listMethods`` tells."""
     names = set(OPERATIONS)
-    names.update(f"Async.{name}" for name in OPERATIONS if name.split(".")[0] in SCHEMA)
+    names.update(
+        f"Async.{name}"
+        for name, operation in OPERATIONS.items()
+        if name.split(".")[0] in SCHEMA and not operation.with_session
+    )
     for kind in SCHEMA:
         names.update(generic.method_names(kind))
     return sorted(names | {"event.from", "session.login_with_password", "session.logout"})
@@ -213,27 +226,16 @@ def _disable_cbt(pool: SimulatedPool, vdi: str) -> None:
 @_operation("VDI.list_changed_blocks")
 def _changed_blocks(pool: SimulatedPool, base: str, vdi: str) -> str:
     """Base64 of a bitmap: a bit per 64 KiB, the first in the highest bit."""
-    old, new = pool.disks.contents[base], pool.disks.content(vdi)
-    bitmap = bytearray(-(-new.size // (8 * _CBT_BLOCK)))
-    for offset in range(0, new.size, UNIT):
-        length = min(UNIT, new.size - offset)
-        before = old.read(offset, length) if offset < old.size else None
-        if _joined(before) == _joined(new.read(offset, length)):
-            continue
-        for block in range(offset // _CBT_BLOCK, -(-(offset + length) // _CBT_BLOCK)):
-            bitmap[block // 8] |= 0x80 >> block % 8
+    bitmap = bytearray(-(-pool.disks.content(vdi).size // (8 * _CBT_GRAIN)))
+    for block in pool.disks.changed_blocks(base, vdi):
+        for at in range(block * _BLOCK_BYTES, min((block + 1) * _BLOCK_BYTES, len(bitmap))):
+            bitmap[at] = 0xFF
     return base64.b64encode(bitmap).decode()
 
 
-def _joined(pieces: list[memoryview] | None) -> bytes:
-    return b"" if pieces is None else b"".join(pieces)
-
-
-@_operation("VDI.get_nbd_info")
-def _nbd_info(pool: SimulatedPool, vdi: str) -> list[Any]:
-    """This pool serves no NBD: no network has the purpose."""
-    pool.disks.content(vdi)
-    return []
+@_operation("VDI.get_nbd_info", with_session=True)
+def _nbd_info(pool: SimulatedPool, session: str, vdi: str) -> list[Any]:
+    return pool.nbd.info(session, vdi)
 
 
 # Drives, networks, devices

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import zlib
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
 from proxy.simulator.calls import Calls
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
+from proxy.simulator.leftovers import leftovers
+from proxy.simulator.nbd import NbdHosts
 from proxy.simulator.sessions import Sessions
 from proxy.simulator.store import Store
 from proxy.simulator.tasks import Tasks, now
@@ -18,7 +22,7 @@ from proxy.simulator.vdi_operations import Disks
 from proxy.simulator.vm_operations import VmOperations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
     from pathlib import Path
 
     from proxy.simulator.transfers import Transfer
@@ -42,6 +46,7 @@ class SimulatedPool:
         self.disks = Disks(self)
         self.vms = VmOperations(self)
         self.calls = Calls(self)
+        self.nbd = NbdHosts(self)
         self.faults = Faults()
         self.gates = Gates()
         self.transfers: set[Transfer] = set()
@@ -63,6 +68,7 @@ class SimulatedPool:
         """Whether hidden parents are merged as soon as they can be."""
         self.vtpm_contents: dict[str, str] = {}
         self._domains = _STARTED_DOMAINS
+        self._mutations = 0
         self._nursery: trio.Nursery | None = None
         self._baseline: set[str] = set()
         self._make_hardware()
@@ -219,6 +225,16 @@ class SimulatedPool:
         size = file.size + -file.size % 512
         return self.add_vm(name, [DiskContent(size, file=file)], running=running)
 
+    def set_address(self, host: str, address: str) -> None:
+        """Where a host listens, for calls and data."""
+        self.store.update("host", host, address=address)
+        for pif in self.store.get("host", host)["PIFs"]:
+            self.store.update("PIF", pif, IP=address)
+
+    def enable_nbd(self, purpose: Literal["nbd", "insecure_nbd"] = "nbd") -> None:
+        """Let the pool's network serve disks over NBD: with TLS, or ``insecure_nbd``."""
+        self.store.update("network", self.network, purpose=[purpose])
+
     # Running
 
     @asynccontextmanager
@@ -320,6 +336,39 @@ class SimulatedPool:
         self.disks.contents[ref].write(offset, data)
         self.disks.written(ref)
 
+    def mutate(
+        self,
+        vdi_uuid: str,
+        blocks: float | Iterable[int] = 0.1,
+        *,
+        seed: int | None = None,
+    ) -> list[int]:
+        """What a busy guest does: new content in some 2 MiB blocks, without memory.
+
+        ``blocks`` are block numbers, or (a float) the share of all blocks: at least one,
+        picked by ``seed``.  The same seed writes the same content to the same disk; without
+        one each call writes something new.  Returns the blocks, ascending.
+        """
+        ref = self.store.by_uuid("VDI", vdi_uuid)
+        content = self.disks.contents[ref]
+        if seed is None:
+            self._mutations += 1
+            seed = 2**31 + self._mutations
+        if isinstance(blocks, float | int):
+            picker = random.Random(f"{vdi_uuid} {seed}")  # noqa: S311 - reproducible content
+            count = min(content.blocks, max(1, round(blocks * content.blocks)))
+            chosen = sorted(picker.sample(range(content.blocks), count))
+        else:
+            chosen = sorted(set(blocks))
+        content.mutate(chosen, 1 << 63 | (zlib.crc32(vdi_uuid.encode()) & 0x7FFFFFFF) << 32 | seed)
+        self.disks.written(ref)
+        return chosen
+
+    def grow(self, vdi_uuid: str, size: int) -> None:
+        """Make a disk larger, also under a running VM; what is new are zeros."""
+        ref = self.store.by_uuid("VDI", vdi_uuid)
+        self.disks.resize(ref, size, online=True)
+
     def mark(self) -> None:
         """What exists now is no leftover."""
         self._baseline = {
@@ -329,37 +378,15 @@ class SimulatedPool:
     def leftovers(self, *, connections: bool = False) -> dict[str, list[str]]:
         """What a run left on the pool since :meth:`mark`: empty when it is clean.
 
-        Keys: ``snapshots``, ``vms`` (other new VMs), ``vdis`` (new and on no VM), ``dom0_vbds``,
-        ``blocked_operations``, ``current_operations``, ``tasks`` (any that was not destroyed),
-        ``transfers``; with ``connections`` also ``sessions`` and ``connections``, which a
-        daemon keeps for a while on purpose.
+        Keys: ``snapshots``, ``vms`` (other new VMs), ``importing`` (VMs and disks, new or not,
+        that say in their name or their ``other_config`` that an import is under way), ``vdis``
+        (new and on no VM), ``cbt_metadata`` (new disks that are only a list of changes),
+        ``unfinished`` (disks whose import broke off), ``dom0_vbds``, ``blocked_operations``,
+        ``current_operations``, ``tasks`` (any that was not destroyed), ``transfers``; with
+        ``connections`` also ``sessions`` and ``connections``, which a daemon keeps for a while
+        on purpose.
         """
-        found: dict[str, list[str]] = {
-            "snapshots": [],
-            "vms": [],
-            "vdis": [],
-            "dom0_vbds": [],
-            "blocked_operations": [],
-            "current_operations": [],
-            "tasks": [],
-            "transfers": [f"{each.path} {each.sent} bytes" for each in self.transfers],
-        }
-        for ref, record in self.store.all("VM"):
-            name = record["name_label"]
-            if ref not in self._baseline:
-                found["snapshots" if record["is_a_snapshot"] else "vms"].append(name)
-            found["blocked_operations"] += [f"{name}: {op}" for op in record["blocked_operations"]]
-            running = record["current_operations"].values()
-            found["current_operations"] += [f"{name}: {op}" for op in running]
-        for ref, record in self.store.all("VDI"):
-            if ref not in self._baseline and record["managed"] and not record["VBDs"]:
-                found["vdis"].append(record["name_label"])
-        for ref, record in self.store.all("VBD"):
-            if record["VM"] == self.dom0:
-                found["dom0_vbds"].append(ref)
-        for ref, record in self.store.all("task"):
-            if ref not in self._baseline:
-                found["tasks"].append(f"{record['name_label']}: {record['status']}")
+        found = leftovers(self, self._baseline)
         if connections:
             found["sessions"] = ["session" for _ in self.sessions.open]
             found["connections"] = ["connection"] * self.connections

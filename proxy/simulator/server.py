@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import ssl
+from functools import partial
 from typing import TYPE_CHECKING
 
 import h11
@@ -14,9 +15,12 @@ from proxy.simulator.calls import Dropped, Peer
 from proxy.simulator.certificate import server_context
 from proxy.simulator.data import serve_data
 from proxy.simulator.http import READ_SIZE, Gone, Head, Wire, error_page, head
+from proxy.simulator.nbd import serve_nbd
 from proxy.simulator.rpc import Malformed, answer_json, answer_xml
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from proxy.simulator.pool import SimulatedPool
 
 _LARGEST_BODY = 64 * 1024 * 1024
@@ -38,18 +42,21 @@ async def serve(
     With ``slave_host`` (another loopback address) the second host of the pool listens there
     on the same port: it refuses calls with ``HOST_IS_SLAVE`` and serves data.
     """
+    pool.set_address(pool.master, host)
     listener = _listen(host, port)
     port = listener.getsockname()[1]
     listeners = [(listener, Peer(pool.master))]
     if slave_host is not None:
         listeners.append((_listen(slave_host, port), Peer(pool.slave, is_master=False)))
-        pool.store.update("host", pool.slave, address=slave_host)
-    pool.store.update("host", pool.master, address=host)
+        pool.set_address(pool.slave, slave_host)
     context = server_context() if tls else None
     pool.url = f"{'https' if tls else 'http'}://{host}:{port}"
     async with pool.running(), trio.open_nursery() as nursery:
         for sock, peer in listeners:
-            nursery.start_soon(_accept, pool, sock, peer, context)
+            nursery.start_soon(_accept, sock, partial(_connected, pool, peer, context))
+            disks = _listen(sock.getsockname()[0], 0)
+            pool.nbd.ports[peer.host] = disks.getsockname()[1]
+            nursery.start_soon(_accept, disks, partial(_connected_nbd, pool, peer))
         task_status.started(pool.url)
 
 
@@ -60,10 +67,8 @@ def _listen(host: str, port: int) -> trio.socket.SocketType:
 
 
 async def _accept(
-    pool: SimulatedPool,
     listener: trio.socket.SocketType,
-    peer: Peer,
-    context: ssl.SSLContext | None,
+    connected: Callable[[trio.socket.SocketType], Awaitable[None]],
 ) -> None:
     with listener:
         async with trio.open_nursery() as nursery:
@@ -75,14 +80,14 @@ async def _accept(
                         await trio.sleep(0.05)
                         continue
                     raise
-                nursery.start_soon(_connected, pool, sock, peer, context)
+                nursery.start_soon(connected, sock)
 
 
 async def _connected(
     pool: SimulatedPool,
-    sock: trio.socket.SocketType,
     peer: Peer,
     context: ssl.SSLContext | None,
+    sock: trio.socket.SocketType,
 ) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     raw = trio.SocketStream(sock)
@@ -90,6 +95,11 @@ async def _connected(
     if context is not None:
         stream = trio.SSLStream(_Eager(raw), context, server_side=True, https_compatible=True)
     await serve_connection(pool, stream, peer, raw=raw)
+
+
+async def _connected_nbd(pool: SimulatedPool, peer: Peer, sock: trio.socket.SocketType) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+    await serve_nbd(pool, peer.host, trio.SocketStream(sock))
 
 
 class _Eager(trio.abc.Stream):

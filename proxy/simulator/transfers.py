@@ -49,7 +49,7 @@ class Refusal(Exception):
         self.detail = detail
 
 
-class _Cut(Exception):
+class CutShort(Exception):
     """A fault ended the body here."""
 
 
@@ -125,7 +125,7 @@ async def _ended_badly(
         transfer.ended = "failed"
         error = XapiError("INTERNAL_ERROR", [repr(_first(surprises))])
         pool.tasks.fail(transfer.task, error)
-    _, rest = rest.split((Gone, _Cut)) if rest else (None, None)
+    _, rest = rest.split((Gone, CutShort)) if rest else (None, None)
     if rest is not None:
         raise rest
 
@@ -165,6 +165,15 @@ class Outlet:
                 due = self._started + transfer.sent / self._fault.rate
                 await trio.sleep_until(due)
             await self._stops()
+
+    async def send_together(self, pieces: list[memoryview]) -> None:
+        """Send pieces as :meth:`send` does, faster where nothing is set up to interfere."""
+        if self._gates or self._fault:
+            for piece in pieces:
+                await self.send(piece)
+            return
+        await self._wire.send_together(pieces)
+        self._transfer.sent += sum(map(len, pieces))
 
     def _until_stop(self, most: int) -> int:
         stops = [gate.at_bytes for gate in self._gates]
@@ -210,4 +219,21 @@ class Outlet:
             await self._wire.send(head(500, page) + page)
         elif fault.cut == "reset":
             await self._wire.reset()
-        raise _Cut
+        raise CutShort
+
+
+# In
+
+
+class Inlet(Outlet):
+    """Passes what was received through the byte gates and faults, in the same places."""
+
+    async def take(self, size: int) -> None:
+        """Account for ``size`` received bytes: stops where a gate or a cut stands."""
+        while size:
+            part = self._until_stop(size)
+            self._transfer.sent += part
+            size -= part
+            if self._fault and self._fault.rate:
+                await trio.sleep_until(self._started + self._transfer.sent / self._fault.rate)
+            await self._stops()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from proxy.simulator.pool import SimulatedPool
     from proxy.simulator.store import Record
 
+LARGEST_VHD = 2040 * 1024**3
+"""What storage takes and exports as VHD, in bytes."""
 _COPIED = (
     "name_label",
     "name_description",
@@ -31,6 +33,8 @@ class Disks:
         self._pool = pool
         self._store = pool.store
         self.contents: dict[str, DiskContent] = {}
+        self.unfinished: set[str] = set()
+        """Disks that an import wrote into and did not finish."""
 
     def create(self, content: DiskContent, **fields: Any) -> str:
         """A VDI with this content."""
@@ -101,10 +105,15 @@ class Disks:
             self.content(vdi).copy(), SR=target, **{field: record[field] for field in _COPIED}
         )
 
-    def resize(self, vdi: str, size: int) -> None:
+    def resize(self, vdi: str, size: int, *, online: bool = False) -> None:
+        """Grow it: detached, unless ``online``.  Storage refuses to shrink a disk."""
         record = self._store.get("VDI", vdi)
+        self.content(vdi)
+        if self.attached(record) and not online:
+            raise XapiError("VDI_IN_USE", [vdi, "resize"])
         if size < record["virtual_size"]:
-            raise XapiError("VDI_SIZE", [vdi, str(size)])
+            raise _invalid_size("shrinking not allowed")
+        _check_size(size, record["sm_config"])
         self.contents[vdi].resize(size)
         self._store.update("VDI", vdi, virtual_size=size)
 
@@ -125,6 +134,7 @@ class Disks:
         record = self._store.get("VDI", vdi)
         self._store.destroy("VDI", vdi)
         self.contents.pop(vdi, None)
+        self.unfinished.discard(vdi)
         self._account(record["SR"])
         if self._pool.coalesces:
             self._coalesce()
@@ -151,6 +161,26 @@ class Disks:
                 again = True
                 break
 
+    def changed_blocks(self, base: str, vdi: str) -> list[int]:
+        """The 2 MiB blocks that changed from ``base`` to ``vdi``, both tracked all the time."""
+        old, new = self._store.get("VDI", base), self._store.get("VDI", vdi)
+        if any(
+            self._store.get("VBD", ref)["currently_attached"]
+            and not self._store.get("VM", self._store.get("VBD", ref)["VM"])["is_a_snapshot"]
+            for ref in new["VBDs"]
+        ):
+            raise XapiError("VDI_IN_USE", [vdi, "list_changed_blocks"])
+        content = self.content(vdi)
+        origin = new["snapshot_of"] if new["is_a_snapshot"] else vdi
+        tracked = old["cbt_enabled"] and new["cbt_enabled"]
+        if not tracked or base == vdi or old["snapshot_of"] != origin:
+            unrelated = "Failed to calculate changed blocks for given VDIs."
+            raise XapiError(
+                "SR_BACKEND_FAILURE_460",
+                ["", f"{unrelated} [opterr=Source and target VDI are unrelated]", ""],
+            )
+        return content.changed_units(self.contents[base])
+
     def data_destroy(self, vdi: str) -> None:
         record = self._store.get("VDI", vdi)
         if record["type"] == "cbt_metadata":
@@ -169,16 +199,28 @@ class Disks:
         record = self._store.get("VDI", vdi)
         if record["is_a_snapshot"]:
             raise XapiError("OPERATION_NOT_ALLOWED", ["VDI is a snapshot: " + vdi])
+        if record["type"] not in ("user", "system"):
+            raise XapiError("VDI_INCOMPATIBLE_TYPE", [vdi, record["type"]])
+        if record["on_boot"] == "reset":
+            raise XapiError("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", [])
         self._store.update("VDI", vdi, cbt_enabled=enabled)
 
-    def attach_to_dom0(self, vdi: str) -> str:
-        """The drive that the pool makes while it reads or writes a disk."""
+    def attach_to_dom0(self, vdi: str, *, write: bool = False) -> str:
+        """The drive that the pool makes while it reads or writes a disk.
+
+        Raises ``XapiError``: ``VDI_IN_USE`` when somebody may write it, or for ``write``
+        when somebody has it at all; ``VDI_INCOMPATIBLE_TYPE`` when it has no data.
+        """
         dom0 = self._pool.dom0
+        self.content(vdi)
+        for drive in (self._store.get("VBD", ref) for ref in self._store.get("VDI", vdi)["VBDs"]):
+            if drive["currently_attached"] and (write or drive["mode"] == "RW"):
+                raise XapiError("VDI_IN_USE", [vdi])
         return self._store.create(
             "VBD",
             VM=dom0,
             VDI=vdi,
-            mode="RO",
+            mode="RW" if write else "RO",
             currently_attached=True,
             userdevice=str(len(self._store.get("VM", dom0)["VBDs"])),
         )
@@ -202,6 +244,16 @@ class Disks:
             for ref in self._store.get("SR", sr)["VDIs"]
         )
         self._store.update("SR", sr, physical_utilisation=used)
+
+
+def _check_size(size: int, sm_config: Record) -> None:
+    if sm_config.get("image-format") == "qcow2" or size <= LARGEST_VHD:
+        return
+    raise _invalid_size(f"VHD size must be between 1 MB and {LARGEST_VHD // 1024**2} MB")
+
+
+def _invalid_size(why: str) -> XapiError:
+    return XapiError("SR_BACKEND_FAILURE_79", ["", f"VDI Invalid size [opterr={why}]", ""])
 
 
 def _under(parent: str | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from uuid import UUID
 import brotli
 import trio
 
-from proxy.disks.disk import Block, Blocks, block_count, read_in_order
+from proxy.disks.disk import Block, Blocks, RandomAccess, block_count
 from proxy.disks.writing import Shape
 from proxy.formats import vhd
 from proxy.remotes.faults import Faults
@@ -19,10 +19,9 @@ from proxy.remotes.local import LocalRemote
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
-    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
-    from proxy.disks.disk import BlockReader, Disk
+    from proxy.disks.disk import Disk
     from proxy.disks.writing import DiskWriter
     from proxy.runtime.buffers import BufferPool
 
@@ -129,7 +128,7 @@ def tree(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-class MemoryDisk:
+class MemoryDisk(RandomAccess):
     """A disk of small numbers: block ``i`` is filled with ``blocks[i]``."""
 
     def __init__(
@@ -140,9 +139,6 @@ class MemoryDisk:
         self.blocks = Blocks.of(blocks, count)
         self._content = blocks
         assert block_count(self.virtual_size) == count
-
-    def read(self, pool: BufferPool) -> AbstractAsyncContextManager[BlockReader]:
-        return read_in_order(self, pool)
 
     async def read_block(self, index: int, into: memoryview) -> None:
         await trio.lowlevel.checkpoint()

@@ -232,6 +232,34 @@ async def test_no_flipped_bit_goes_unnoticed(
                 assert (disk.header, disk.footer, disk.compression) == expected
 
 
+async def test_a_damaged_block_never_gives_other_bytes_where_its_compression_has_a_checksum(
+    remote: Faults, tmp_path: Path
+) -> None:
+    place_directory(tmp_path / DATA, {0: content(1)}, compression="gzip")
+    part = tmp_path / DATA / "blocks/0/0"
+    whole = part.read_bytes()
+    noticed = 0
+    for position in range(10, len(whole), len(whole) // 20):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        part.write_bytes(damaged)
+        try:
+            assert await read(remote) == {0: content(1)}, "another way to say the same"
+        except Corrupt:
+            noticed += 1
+    assert noticed > 10
+
+
+async def test_a_disk_that_is_removed_while_it_is_read_is_not_called_corrupt(
+    remote: Faults, tmp_path: Path
+) -> None:
+    place_directory(tmp_path / DATA, {0: content(1)})
+    async with open_vhd_directory(remote, DATA) as disk:
+        shutil.rmtree(tmp_path / DATA)
+        with pytest.raises(NotFound):
+            await disk.read_block(0, memoryview(bytearray(vhd.STORED_BLOCK)))
+
+
 # -- writing
 
 

@@ -42,9 +42,10 @@ class House:
     remotes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def remote_spec(self, name: str) -> dict[str, Any]:
-        return self.remotes.setdefault(
-            name, {"id": name, "name": name, "url": f"file://{self.root / name}"}
-        )
+        """A folder; one whose name starts with ``directories`` keeps disks as directories."""
+        options = {"options": '{"useVhdDirectory":true}'} if name.startswith("directories") else {}
+        url = f"file://{self.root / name}"
+        return self.remotes.setdefault(name, {"id": name, "name": name, "url": url, **options})
 
     def folder(self, name: str = "remote1") -> Path:
         return self.root / name
@@ -89,7 +90,7 @@ class House:
             job_data={
                 "jobId": JOB,
                 "jobName": "lab job",
-                "mode": "full",
+                "mode": mode,
                 "scheduleId": SCHEDULE,
             },
         )
@@ -113,12 +114,30 @@ class House:
                 path.name for path in base.glob(".*")
             ]
             assert locks == []
-            names = self.files(remote)
-            stems = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-            wanted = {
-                f"{stem}{end}" for stem in stems for end in (".json", ".xva", ".xva.checksum")
-            }
-            assert set(names) == wanted
+            assert set(self.files(remote)) == self._explained(remote)
+
+    def _explained(self, remote: str) -> set[str]:
+        """The files that the backups of a remote consist of, by what their metadata says."""
+        names = self.files(remote)
+        wanted: set[str] = set()
+        for name in names:
+            if not name.endswith(".json") or "/vdis/" in name:
+                continue
+            wanted.add(name)
+            metadata = json.loads((self.folder(remote) / "xo-vm-backups" / name).read_bytes())
+            directory = name.partition("/")[0]
+            if metadata["mode"] == "full":
+                stem = name.removesuffix(".json")
+                wanted |= {f"{stem}.xva", f"{stem}.xva.checksum"}
+                continue
+            for disk in metadata["vhds"].values():
+                path = f"{directory}/{disk}"
+                wanted.add(path)
+                if path.endswith(".alias.vhd"):
+                    target = (self.folder(remote) / "xo-vm-backups" / path).read_text()
+                    folder = f"{path.rpartition('/')[0]}/{target}/"
+                    wanted |= {each for each in names if each.startswith(folder)}
+        return wanted
 
     async def run(self, request: BackupRequest) -> Outcome:
         return await self.outcome(self.services.start_backup(request))
@@ -139,6 +158,14 @@ class House:
             )
         )
 
+    def chains(self, remote: str = "remote1") -> dict[str, list[str]]:
+        """Names of the disks in each directory of disks, in order."""
+        base = self.folder(remote) / "xo-vm-backups"
+        found: dict[str, list[str]] = {}
+        for path in sorted(base.glob("*/vdis/*/*/*.vhd")):
+            found.setdefault(path.parent.name, []).append(path.name)
+        return found
+
     def files(self, remote: str = "remote1") -> list[str]:
         """Every file of a remote but the listing cache, relative to the VM's directory."""
         base = self.folder(remote) / "xo-vm-backups"
@@ -149,7 +176,11 @@ class House:
         )
 
     def backups(self, remote: str = "remote1") -> list[str]:
-        return [f"/xo-vm-backups/{name}" for name in self.files(remote) if name.endswith(".json")]
+        return [
+            f"/xo-vm-backups/{name}"
+            for name in self.files(remote)
+            if name.endswith(".json") and "/vdis/" not in name
+        ]
 
 
 @dataclass

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from proxy.errors import Conflict, NotFound, ProxyError, Refused, Unreachable
+from proxy.errors import Conflict, NotFound, Refused, Unreachable
 from proxy.remotes.faults import Call, Delay, Fail, Faults, Gate, Torn
 from proxy.remotes.metrics import Metrics
-from proxy.remotes.recording import Recording, replay
 from proxy.remotes.retry import Retry
 from proxy.runtime.threads import inline_threads
 from tests.remotes.conftest import opened, tree
@@ -223,58 +222,6 @@ async def test_a_cancel_ends_the_wait(faults: Faults) -> None:
     assert scope.cancelled_caught
 
 
-# -- recording
-
-
-async def test_every_prefix_of_a_recording_can_be_built(faults: Faults, tmp_path: Path) -> None:
-    recording = Recording(faults)
-    async with recording.lock("vm", owner="run"):
-        await recording.mktree("vm")
-        async with recording.create("vm/a.xva") as file:
-            await file.write(b"12")
-            await file.write(b"34")
-            await file.commit()
-        with pytest.raises(ProxyError):  # noqa: PT012 (the block is what ends)
-            async with recording.create("vm/b.xva") as file:
-                await file.write(b"x")
-                raise GONE
-        await recording.write_file("vm/a.json", b"{}")
-        await recording.rename("vm/a.json", "vm/c.json")
-        await recording.unlink("vm/none")
-    await recording.rmtree("vm")
-
-    states: list[list[str]] = []
-    for count in range(len(recording.changes) + 1):
-        place = tmp_path / f"crash-{count}"
-        place.mkdir()
-        replay(recording.changes[:count], place)
-        states.append([name for name in tree(place) if name != "vm.lock"])
-    a, a_json, c_json = "vm/a.xva", "vm/a.json", "vm/c.json"
-    temporary = states[3][1]
-    assert temporary.startswith("vm/.")
-    assert [state for state in states if state not in ([], ["vm"])] == [
-        ["vm", temporary],
-        ["vm", temporary],
-        ["vm", a],
-        ["vm", states[6][1], a],
-        ["vm", a],
-        ["vm", a_json, a],
-        ["vm", a, c_json],
-        ["vm", a, c_json],
-        ["vm", c_json],
-    ]
-    assert (tmp_path / "crash-5" / a).read_bytes() == b"1234"
-
-
-async def test_unsynced_bytes_may_be_lost(faults: Faults, tmp_path: Path) -> None:
-    recording = Recording(faults)
-    async with recording.create("f") as file:
-        await file.write(b"12")
-        await file.commit()
-    replay(recording.changes[:1], tmp_path / "crash", lose_unsynced=True)
-    assert [path.read_bytes() for path in (tmp_path / "crash").iterdir()] == [b""]
-
-
 # -- metrics
 
 
@@ -295,3 +242,27 @@ async def test_metrics_count(faults: Faults) -> None:
     assert counts["stat"].failed == {"ECANCELED": 1}
     assert counts["stat"].seconds == pytest.approx(2)
     assert all(count.running == 0 for count in counts.values())
+
+
+async def test_metrics_count_the_bytes_of_every_verb(faults: Faults) -> None:
+    metrics = Metrics(faults)
+    async with metrics.batch() as batch:
+        await batch.write("a", b"123")
+        await batch.write("b", memoryview(b"4567"))
+        await batch.commit()
+    assert await metrics.rename_all([("a", "c"), ("none", "d")]) == (1,)
+    async with metrics.edit("c") as file:
+        await file.write_at(2, b"xyz")
+        await file.truncate(1 << 30)
+        await file.truncate(4)
+        assert await file.read_into(1, memoryview(bytearray(10))) == 3
+        await file.sync()
+    await metrics.read_files(["c", "none", "b"])
+    sizes = {verb: counts.size for verb, counts in metrics.statistics().items() if counts.size}
+    assert sizes == {
+        "batch.write": 7,
+        "edit.write_at": 3,
+        "edit.read_into": 3,
+        "read_files": 8,
+    }
+    assert metrics.statistics()["rename_all"].calls == 1

@@ -65,6 +65,28 @@ class Client:
                 body += data
         return bytes(body)
 
+    async def new_task(self) -> str:
+        return str(await self.call("task.create", "[XO] test", ""))
+
+    async def export_disk(self, vdi: str, **params: str) -> tuple[bytes, dict[str, Any]]:
+        """The body of a disk's export and how its task ended."""
+        task = await self.new_task()
+        answer = await self.http.get(
+            self.data_url("/export_raw_vdi/", vdi=vdi, task_id=task, **params)
+        )
+        assert answer.status_code == 200, answer.text
+        assert "content-length" not in answer.headers
+        return answer.content, await self.settled(task)
+
+    async def import_disk(
+        self, vdi: str, body: bytes, **params: str
+    ) -> tuple[httpx.Response, dict[str, Any]]:
+        """The answer to a disk's import and how its task ended."""
+        task = await self.new_task()
+        url = self.data_url("/import_raw_vdi/", vdi=vdi, task_id=task, **params)
+        answer = await self.http.put(url, content=body)
+        return answer, await self.settled(task)
+
     async def put(self, body: bytes, task: str, **params: str) -> httpx.Response:
         return await self.http.put(self.data_url("/import/", task_id=task, **params), content=body)
 

@@ -238,11 +238,42 @@ async def test_changed_blocks(client: Client, pool: SimulatedPool) -> None:
 
     vm = pool.vm("vm1")
     [uuid, _] = pool.disk_uuids(vm)
+    untracked = pool.vms.disks(await client.call("VM.snapshot", vm, "untracked"))[0]
+    for disk in pool.vms.disks(vm):
+        await client.call("VDI.enable_cbt", disk)
     base = pool.vms.disks(await client.call("VM.snapshot", vm, "base"))[0]
     pool.write(uuid, 2 << 20, b"x")
     new = pool.vms.disks(await client.call("VM.snapshot", vm, "new"))[0]
     bitmap = base64.b64decode(await client.call("VDI.list_changed_blocks", base, new))
     assert bitmap == bytes(4) + b"\xff\xff"
+
+    await client.call("VDI.data_destroy", base)  # what changed since is known all the same
+    assert base64.b64decode(await client.call("VDI.list_changed_blocks", base, new)) == bitmap
+    method = "VDI.list_changed_blocks"
+    assert (await fails(client, method, untracked, new))[0] == "SR_BACKEND_FAILURE_460"
+    assert (await fails(client, method, new, new))[0] == "SR_BACKEND_FAILURE_460"
+    assert (await fails(client, method, new, base))[0] == "VDI_INCOMPATIBLE_TYPE"
+    pool.disks.attach_to_dom0(new)
+    assert (await fails(client, method, base, new))[0] == "VDI_IN_USE"
+
+
+async def test_tracking_of_changes_is_for_live_user_disks(
+    client: Client, pool: SimulatedPool
+) -> None:
+    [disk, other] = pool.vms.disks(pool.vm("vm1"))
+    await client.call("VDI.enable_cbt", disk)
+    await client.call("VDI.enable_cbt", disk)
+    pool.store.update("VDI", other, on_boot="reset")
+    snapshot = pool.vms.disks(await client.call("VM.snapshot", pool.vm("vm1"), "s"))[0]
+    suspend = pool.disks.create_suspend(pool.vm("vm1"), "memory")
+    expected = {
+        snapshot: "OPERATION_NOT_ALLOWED",
+        suspend: "VDI_INCOMPATIBLE_TYPE",
+        other: "VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION",
+    }
+    for ref, code in expected.items():
+        assert (await fails(client, "VDI.enable_cbt", ref))[0] == code
+        assert (await fails(client, "VDI.disable_cbt", ref))[0] == code
 
 
 async def test_a_slave_sends_to_its_master(nursery: trio.Nursery) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 import trio
 from msgspec import UNSET, UnsetType
 
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, Refused
 from proxy.jobs.requests import BackupRequest, RestoreRequest
 from proxy.repository import delete_backups, format_listing, list_all, list_vm_backups
 from proxy.rpc.registry import Params, Registry
@@ -91,6 +91,9 @@ async def import_vm_backup(context: Context, params: Import) -> str | AsyncItera
     """Restore.  Without ``streamLogs`` the task's id is the answer, at once."""
     settings: dict[str, Any] = {} if params.settings is UNSET else dict(params.settings)
     tag = settings.pop("additionalVmTag", None)
+    srs = settings.pop("mapVdisSrs", None)
+    if srs is not None and not _is_map_of_srs(srs):
+        raise Refused("mapVdisSrs must give an SR's uuid or null for each disk", code="EINVAL")
     request = RestoreRequest(
         backup_id=params.backup_id,
         remote=params.remote,
@@ -98,10 +101,19 @@ async def import_vm_backup(context: Context, params: Import) -> str | AsyncItera
         xapi=params.xapi,
         new_mac_addresses=settings.pop("newMacAddresses", False) is True,
         additional_vm_tag=tag if isinstance(tag, str) else None,
+        map_vdis_srs=srs or {},
+        use_differential_restore=settings.pop("useDifferentialRestore", False) is True,
         ignored=tuple(sorted(key for key, value in settings.items() if value)),
     )
     task = await context.services.start_restore(request)
     return context.services.tasks.watch(task) if params.stream_logs else task.id
+
+
+def _is_map_of_srs(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    srs = cast("dict[str, Any]", value).values()
+    return all(sr is None or isinstance(sr, str) for sr in srs)
 
 
 class ListVmBackups(Params):

@@ -1,0 +1,117 @@
+"""Whether each disk of a VM is backed up whole or as a delta, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from proxy.jobs.disk_snapshots import chain_length, newest_exported
+from proxy.repository.parents import NoParent, Parent, find_parent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from proxy.jobs.disk_snapshots import DiskSnapshot, Group
+    from proxy.jobs.targets import RemoteTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A snapshot that every target has, and where on each."""
+
+    snapshot: DiskSnapshot
+    parents: Mapping[str, Parent]
+    """By the target's id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Why a disk is read whole: a stable code, a sentence, and what was seen."""
+
+    reason: str
+    message: str
+    evidence: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+Choice = Base | Whole
+
+
+async def choose(
+    disks: Sequence[str],
+    groups: Sequence[Group],
+    targets: Sequence[RemoteTarget],
+    *,
+    vm_uuid: str,
+    job_id: str,
+    full_interval: int,
+) -> dict[str, Choice]:
+    """For each live disk (uuid) what it is backed up from.
+
+    ``groups`` are the job's snapshots, oldest first.  A disk is a delta only if every target
+    has its base as the youngest disk of a chain that can be read.  An error of a target's
+    storage counts as a refusal, with the error as evidence: the full backup that follows will
+    tell it.
+    """
+    group = newest_exported(groups)
+    if not group:
+        why = Whole("NO_SNAPSHOT", "no earlier snapshot of this job was exported")
+        return dict.fromkeys(disks, why)
+    length = chain_length(group)
+    by_disk = {one.source_uuid: one for one in group}
+    found: dict[str, Choice] = {}
+    for disk in disks:
+        snapshot = by_disk.get(disk)
+        if snapshot is None:
+            found[disk] = Whole(
+                "NEW_DISK",
+                "the disk is not in the last exported snapshot",
+                {"snapshot": group[0].datetime},
+            )
+        elif full_interval and full_interval <= length + 1:
+            found[disk] = Whole(
+                "FULL_INTERVAL",
+                f"a key backup is due after {length} deltas",
+                {"fullInterval": full_interval, "chainLength": length},
+            )
+        else:
+            found[disk] = await _on_all(snapshot, disk, targets, vm_uuid, job_id)
+    return found
+
+
+async def _on_all(
+    snapshot: DiskSnapshot,
+    disk: str,
+    targets: Sequence[RemoteTarget],
+    vm_uuid: str,
+    job_id: str,
+) -> Choice:
+    parents: dict[str, Parent] = {}
+    for target in targets:
+        parent = await find_parent(target.remote, vm_uuid, job_id, disk, snapshot.uuid)
+        if isinstance(parent, NoParent):
+            return Whole(parent.reason, parent.message, {**parent.evidence, "remote": target.id})
+        parents[target.id] = parent
+    return Base(snapshot, parents)
+
+
+def describe(choices: Mapping[str, Choice], got: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The record for the log: for each disk what was wanted, what it got, and why.
+
+    ``got`` says of each disk how it was really read.
+    """
+    told: list[dict[str, Any]] = []
+    memory = Whole("MEMORY", "the memory of a suspended VM has no base")
+    everything = {**choices, **dict.fromkeys(set(got) - set(choices), memory)}
+    for disk, choice in everything.items():
+        wanted: dict[str, Any] = {"disk": disk}
+        if isinstance(choice, Base):
+            wanted |= {"wanted": "delta", "base": choice.snapshot.uuid}
+        else:
+            wanted |= {
+                "wanted": "full",
+                "reason": choice.reason,
+                "message": choice.message,
+                "evidence": choice.evidence,
+            }
+        told.append({**wanted, **got.get(disk, {})})
+    return {"disks": told}
