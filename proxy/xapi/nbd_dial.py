@@ -106,7 +106,7 @@ class Dialer:
 
     async def _open(self) -> tuple[NbdInfo, Connection, Export]:
         reasons: dict[str, str] = {}
-        left = sorted(self.infos, key=self._rank)
+        left = list(self.infos)
         try:
             with deadline("NBD: connection", self._seconds):
                 while left:
@@ -176,7 +176,10 @@ class Dialer:
 
         try:
             async with trio.open_nursery() as nursery:
-                for info in list(left):
+                untried = list(left)
+                while untried:
+                    info = min(untried, key=self._rank)
+                    untried.remove(info)
                     if self._connections[info.host] >= MOST_PER_HOST:
                         left.remove(info)
                         reasons[_peer(info)] = "has as many connections as a host serves"
