@@ -153,7 +153,7 @@ class _Walk:
         if complete is not None:
             oldest, uuid = complete
             with contextlib.suppress(NotFound):
-                disk = await _find(self._stack, self._remote, oldest, is_unfinished=True)
+                disk = await _find(self._stack, self._remote, oldest)
                 if uuid in (None, disk.footer.uuid):
                     return disk
         is_unfinished = path in self._merges.states

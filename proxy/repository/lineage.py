@@ -78,7 +78,7 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
 
 
 async def stored_disk(
-    remote: Remote, path: str, *, target: str | None, is_unfinished: bool = False
+    remote: Remote, path: str, *, target: str | None = None, is_unfinished: bool = False
 ) -> StoredDisk:
     """The disk ``path``, whose alias names ``target``.  Raises what opening it raises."""
     async with open_disk(remote, path, is_unfinished=is_unfinished) as disk:
