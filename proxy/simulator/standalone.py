@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -42,6 +42,8 @@ class SimulatorOptions:
     boot_seconds: float = 1.0
     rate: float | None = None
     """Bytes per second of each transfer; None for as fast as possible."""
+    nbd: Literal["nbd", "insecure_nbd"] | None = None
+    """Serve disks over NBD, with or without TLS."""
 
 
 _SLOW = """
@@ -66,10 +68,12 @@ def build(options: SimulatorOptions) -> SimulatedPool:
         fill=options.fill,
     )
     pool.boot_seconds = options.boot_seconds
+    if options.nbd is not None:
+        pool.enable_nbd(options.nbd)
     if options.latency:
         pool.latencies.update(dict.fromkeys(_SLOW, options.latency))
     if options.rate:
-        for point in ("/export", "/import", "/export_raw_vdi"):
+        for point in ("/export", "/import", "/export_raw_vdi", "NBD"):
             pool.fail(point, rate=options.rate, times=None)
     return pool
 

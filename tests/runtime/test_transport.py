@@ -167,7 +167,7 @@ async def test_reading_and_writing_at_once_over_tls(
     async def write_all() -> None:
         for _ in range(messages):
             await ours.send_message(bytes(28))
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as both:
         both.start_soon(serve)
