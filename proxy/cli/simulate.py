@@ -57,6 +57,19 @@ class Size(click.ParamType[int]):
     default=0.0,
     help="Seconds that snapshots and similar calls take.",
 )
+@click.option(
+    "--churn",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of the running VMs' disks that is written anew, again and again.",
+)
+@click.option(
+    "--churn-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds from one such write to the next.",
+)
 def simulate(rate: int | None, **options: Any) -> None:
     """Run a simulated XCP-ng pool until interrupted.
 

@@ -70,4 +70,6 @@ class TaskView(msgspec.Struct):
     def summary(self) -> str:
         """One line: what, how it stands, why it failed."""
         line = f"{self.title}: {self.status} {self.duration}".rstrip()
+        if self.status == "pending" and self.data.transfer is not None:
+            line += f" {self.data.progress:.0f} %"
         return f"{line} ({self.data.error.message})" if self.data.error else line

@@ -50,6 +50,7 @@ class VhdDirectory(RandomAccess):
     """
 
     def __init__(self, head: DirectoryHead, blocks: Blocks) -> None:
+        self.head = head
         self._remote = head.remote
         self.path = head.path
         self.compression = head.compression

@@ -12,7 +12,7 @@ from proxy.formats import vhd
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from uuid import UUID
 
     from proxy.disks.disk import Block
@@ -25,6 +25,9 @@ _HEAD: Final = vhd.FOOTER_SIZE + vhd.HEADER_SIZE
 
 class VhdFile(RandomAccess):
     """An open VHD file.  For concurrent use while it is open."""
+
+    misplaced: frozenset[int] = frozenset()
+    """Blocks left out because their place is impossible: only of files opened as unfinished."""
 
     def __init__(
         self, path: str, file: FileReader, footer: Footer, header: Header, table: array[int]
@@ -72,29 +75,38 @@ async def open_vhd_file(
 
     Tolerant of the order and place of table, locators and blocks, and of gaps.  ``Corrupt``,
     with ``what`` and ``offset``, for wrong checksums, blocks that lie outside of the file or
-    over one another, and an end footer that differs from the first; ``check_end=False``
-    leaves out the latter, as a file has none while blocks are merged into it.
+    over one another, and an end footer that differs from the first.
+
+    ``check_end=False`` is for a file that blocks are merged into: it has no end footer
+    meanwhile, and after a crash its table may speak of blocks that did not get there, which are
+    left out and told by :attr:`VhdFile.misplaced`.  The disk merged into it has them still.
     """
     async with remote.open_read(path) as file:
         with naming(path):
-            disk = await _read(file, path, check_end=check_end)
+            disk = await _read(file, path, is_unfinished=not check_end)
         yield disk
 
 
-async def _read(file: FileReader, path: str, *, check_end: bool) -> VhdFile:
+async def _read(file: FileReader, path: str, *, is_unfinished: bool) -> VhdFile:
     head = await file.read_at(0, _HEAD)
     footer = vhd.Footer.parse(head[: vhd.FOOTER_SIZE])
     header = vhd.Header.parse(head[vhd.FOOTER_SIZE :])
     vhd.check(footer, header)
-    if check_end:
+    if not is_unfinished:
         at = file.size - vhd.FOOTER_SIZE
         if await file.read_at(at, vhd.FOOTER_SIZE) != head[: vhd.FOOTER_SIZE]:
             raise _corrupt("end footer", "the footer at its end is not the one at its start", at)
     count = block_count(footer.current_size)
     raw = await file.read_at(header.table_offset, 4 * count)
     table = vhd.parse_table(raw, count)
-    check_table(table, header, footer.current_size, file.size)
-    return VhdFile(path, file, footer, header, table)
+    misplaced = frozenset[int]()
+    if is_unfinished:
+        misplaced = leave_out_misplaced(table, header, footer.current_size, file.size)
+    else:
+        check_table(table, header, footer.current_size, file.size)
+    disk = VhdFile(path, file, footer, header, table)
+    disk.misplaced = misplaced
+    return disk
 
 
 def check_table(table: array[int], header: Header, virtual_size: int, size: int | None) -> None:
@@ -102,20 +114,44 @@ def check_table(table: array[int], header: Header, virtual_size: int, size: int 
 
     ``size`` is that of the file, where it is known.
     """
+    for _, error in _misplaced(table, header, virtual_size, size):
+        raise error
+
+
+def leave_out_misplaced(
+    table: array[int], header: Header, virtual_size: int, size: int
+) -> frozenset[int]:
+    """Make unused, and return, the entries for which :func:`check_table` would raise."""
+    found = frozenset(index for index, _ in _misplaced(table, header, virtual_size, size))
+    for index in found:
+        table[index] = vhd.UNUSED
+    return found
+
+
+def _misplaced(
+    table: array[int], header: Header, virtual_size: int, size: int | None
+) -> Iterator[tuple[int, Corrupt]]:
+    """Of two blocks over one another both are told."""
     used = sorted((sector, index) for index, sector in enumerate(table) if sector != vhd.UNUSED)
     table_end = header.table_offset + 4 * header.max_entries
     block = vhd.STORED_BLOCK // vhd.SECTOR
-    before = -(-vhd.TABLE_OFFSET // vhd.SECTOR)
+    before, above = -(-vhd.TABLE_OFFSET // vhd.SECTOR), -1
     for sector, index in used:
         start = sector * vhd.SECTOR
-        if sector < before:
-            raise _corrupt("block place", f"block {index} lies over what is before it", start)
-        if start < table_end and start + vhd.STORED_BLOCK > header.table_offset:
-            raise _corrupt("block place", f"block {index} lies over the table", start)
         end = start + vhd.BITMAP_SIZE + length_of(index, virtual_size)
-        if size is not None and end > size:
-            raise _corrupt("block place", f"block {index} lies behind the end of the file", start)
-        before = sector + block
+        problem = None
+        if sector < before:
+            problem = "lies over what is before it"
+        elif start < table_end and start + vhd.STORED_BLOCK > header.table_offset:
+            problem = "lies over the table"
+        elif size is not None and end > size:
+            problem = "lies behind the end of the file"
+        if problem is not None:
+            error = _corrupt("block place", f"block {index} {problem}", start)
+            yield index, error
+            if sector < before and above >= 0:
+                yield above, error
+        before, above = sector + block, index
 
 
 @contextlib.asynccontextmanager

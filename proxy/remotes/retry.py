@@ -65,7 +65,8 @@ class Retry(Wrapper):
         if operation.verb not in _REPEATABLE or operation.exclusive:
             return False
         # files of an immutable remote are all exclusive
-        return not (self.is_immutable and operation.verb in ("write_file", "create.open"))
+        exclusive = ("write_file", "create.open", "batch.write")
+        return not (self.is_immutable and operation.verb in exclusive)
 
     async def read_files(
         self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024

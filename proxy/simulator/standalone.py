@@ -42,6 +42,9 @@ class SimulatorOptions:
     boot_seconds: float = 1.0
     rate: float | None = None
     """Bytes per second of each transfer; None for as fast as possible."""
+    churn: float = 0.0
+    """Share of each disk of a running VM that is written anew every ``churn_seconds``."""
+    churn_seconds: float = 60.0
     nbd: Literal["nbd", "insecure_nbd"] | None = None
     """Serve disks over NBD, with or without TLS."""
 
@@ -73,9 +76,19 @@ def build(options: SimulatorOptions) -> SimulatedPool:
     if options.latency:
         pool.latencies.update(dict.fromkeys(_SLOW, options.latency))
     if options.rate:
-        for point in ("/export", "/import", "/export_raw_vdi", "NBD"):
+        for point in ("/export", "/import", "/export_raw_vdi", "/import_raw_vdi", "NBD"):
             pool.fail(point, rate=options.rate, times=None)
     return pool
+
+
+async def churn(pool: SimulatedPool, share: float, seconds: float) -> None:
+    """Play the guests: write into the disks of all running VMs, again and again."""
+    while True:
+        await trio.sleep(seconds)
+        for vm, record in pool.store.all("VM"):
+            if record["power_state"] == "Running":
+                for uuid in pool.disk_uuids(vm):
+                    pool.mutate(uuid, share)
 
 
 async def run_standalone(
@@ -99,6 +112,8 @@ async def run_standalone(
             )
 
         await nursery.start(start)
+        if options.churn:
+            nursery.start_soon(churn, pool, options.churn, options.churn_seconds)
         info = standalone_info(pool)
         if ready is not None:
             ready(info)

@@ -43,7 +43,9 @@ class Task:
         self._run = run
         self._scope = trio.CancelScope()
         self._cancel_requested: int | None = None
-        self._cancel_reason = "canceled"
+        self._cancel_reason: str = "canceled"
+        if parent is not None:
+            self._cancel_reason = parent._cancel_reason  # noqa: SLF001  same class
         self._error: dict[str, Any] | None = None
         self._infos: list[dict[str, Any]] = []
         self._warnings: list[dict[str, Any]] = []

@@ -45,7 +45,7 @@ def test_a_task_is_outlined_with_its_children() -> None:
     assert outline(TaskView.read(RUN)) == [
         "backup run nightly [x]: canceled 1:02 (by request)",
         "  backup VM web: success 1.5 s",
-        "    transfer: pending",
+        "    transfer: pending 40 %",
         "      warning: slow",
     ]
 

@@ -270,7 +270,9 @@ async def test_a_disk_as_others_read_it(
     blocks = {2: content(1), 0: bytes(vhd.BLOCK_SIZE), 1000: content(3)[: 1 * MIB]}
     pool = block_pool(4)
     wanted = shape(list(blocks), size=2001 * MIB)
-    async with create_vhd_directory(remote, ALIAS, wanted, compression=compression) as writer:
+    async with create_vhd_directory(
+        remote, ALIAS, wanted, compression=Compression(compression)
+    ) as writer:
         assert writer.size == vhd.stream_size(1001, 3)
         await send(writer, blocks, pool)
         assert not (tmp_path / ALIAS).exists()
@@ -400,7 +402,9 @@ async def test_what_a_dead_attempt_left_is_replaced(remote: Faults, tmp_path: Pa
     place_directory(tmp_path / DATA, {0: content(9), 3: content(9)}, compression="gzip")
     place_directory(tmp_path / "vdi/data/other.vhd", {1: content(4)})
     place_alias(tmp_path / "vdi/newer.alias.vhd", "data/other.vhd")
-    async with create_vhd_directory(remote, ALIAS, shape([0]), compression="none") as writer:
+    async with create_vhd_directory(
+        remote, ALIAS, shape([0]), compression=Compression.NONE
+    ) as writer:
         await send(writer, {0: content(1)}, block_pool(2))
         await writer.commit()
     assert await read(remote) == {0: content(1)}

@@ -55,8 +55,7 @@ async def restored(house: House, backup_id: str, remote: str = "remote1", **how:
     outcome = await house.outcome(await house.restore(backup_id, remote, **how))
     assert outcome.status == "success", outcome.snapshot
     ref = house.pool.store.by_uuid("VM", outcome.snapshot["data"]["result"]["id"])
-    found = [house.pool.digest(uuid) for uuid in house.pool.disk_uuids(ref)]
-    return found
+    return [house.pool.digest(uuid) for uuid in house.pool.disk_uuids(ref)]
 
 
 def disk_records(outcome: Outcome) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.lowlevel
 
 from proxy.errors import Unreachable
 from proxy.runtime import transport

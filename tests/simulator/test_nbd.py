@@ -105,12 +105,21 @@ async def test_who_may_not_read(client: Client, pool: SimulatedPool) -> None:
     await until_clean(pool)
 
 
+async def test_no_disk_of_a_running_vm_is_served(client: Client, pool: SimulatedPool) -> None:
+    pool.enable_nbd("insecure_nbd")
+    address = await uri(client, pool.vms.disks(pool.vm("vm1"))[0])
+    assert (await run("nbdinfo", address)).returncode == 1
+    await until_clean(pool)
+
+
 async def test_no_disk_without_data_is_served(client: Client, pool: SimulatedPool) -> None:
     pool.enable_nbd("insecure_nbd")
     live = pool.vms.disks(pool.vm("vm1"))[0]
     await client.call("VDI.enable_cbt", live)
     snapshot, _ = disk(pool)
     address = await uri(client, snapshot)
+    for vbd in await client.call("VDI.get_VBDs", snapshot):
+        await client.call("VM.destroy", await client.call("VBD.get_VM", vbd))
     await client.call("VDI.data_destroy", snapshot)
     with pytest.raises(Failure) as caught:
         await client.call("VDI.get_nbd_info", snapshot)
