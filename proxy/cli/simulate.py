@@ -45,6 +45,11 @@ class Size(click.ParamType[int]):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A raw image that becomes the first VM's disk.",
 )
+@click.option(
+    "--nbd",
+    type=click.Choice(["nbd", "insecure_nbd"]),
+    help="Serve disks over NBD: the purpose of the pool's network, with TLS or without.",
+)
 @click.option("--rate", type=Size(), help="Bytes a second of each transfer; default: no limit.")
 @click.option(
     "--latency",

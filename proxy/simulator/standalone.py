@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -45,6 +45,8 @@ class SimulatorOptions:
     churn: float = 0.0
     """Share of each disk of a running VM that is written anew every ``churn_seconds``."""
     churn_seconds: float = 60.0
+    nbd: Literal["nbd", "insecure_nbd"] | None = None
+    """Serve disks over NBD, with or without TLS."""
 
 
 _SLOW = """
@@ -69,10 +71,12 @@ def build(options: SimulatorOptions) -> SimulatedPool:
         fill=options.fill,
     )
     pool.boot_seconds = options.boot_seconds
+    if options.nbd is not None:
+        pool.enable_nbd(options.nbd)
     if options.latency:
         pool.latencies.update(dict.fromkeys(_SLOW, options.latency))
     if options.rate:
-        for point in ("/export", "/import", "/export_raw_vdi", "/import_raw_vdi"):
+        for point in ("/export", "/import", "/export_raw_vdi", "/import_raw_vdi", "NBD"):
             pool.fail(point, rate=options.rate, times=None)
     return pool
 

@@ -9,10 +9,11 @@ from subprocess import CompletedProcess
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 import trio
 
-from proxy.simulator import SimulatedPool
+from proxy.simulator import SimulatedPool, SimulatorOptions, run_standalone
 from proxy.simulator.certificate import certificate_pem
 from tests.simulator.conftest import Client, Failure
 
@@ -194,3 +195,16 @@ async def test_at_most_sixteen_connections(client: Client, pool: SimulatedPool) 
     for stream in [*streams, one_more]:
         await stream.aclose()
     await until_clean(pool)
+
+
+async def test_the_program_serves_nbd() -> None:
+    options = SimulatorOptions(nbd="insecure_nbd", running=False, disk_size=MiB)
+    async with trio.open_nursery() as nursery:
+        told = await nursery.start(run_standalone, options)
+        async with httpx.AsyncClient(timeout=10) as http:
+            client = Client(told["url"], http)
+            await client.login()
+            vdi = await client.call("VDI.get_by_uuid", told["vms"][0]["vdis"][0])
+            size = await run("nbdinfo", "--size", await uri(client, vdi))
+        nursery.cancel_scope.cancel()
+    assert int(size.stdout) == MiB
