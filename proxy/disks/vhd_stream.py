@@ -101,7 +101,7 @@ async def open_vhd_stream(source: ByteSource) -> VhdStream:
 
     Raises ``Corrupt`` with ``what`` and ``offset``, or what the source raises.
     """
-    stream = Exact(source)
+    stream = Exact(source, "VHD")
     head = bytearray(vhd.FOOTER_SIZE + vhd.HEADER_SIZE)
     await stream.fill(memoryview(head))
     footer = vhd.Footer.parse(bytes(head[: vhd.FOOTER_SIZE]))
@@ -117,11 +117,17 @@ async def open_vhd_stream(source: ByteSource) -> VhdStream:
 
 
 class Exact:
-    """A source read in exact pieces, forward only; knows its offset."""
+    """A source read in exact pieces, forward only; knows its offset.
 
-    def __init__(self, source: ByteSource) -> None:
+    ``kind`` is what it should be, for the errors.
+    """
+
+    def __init__(self, source: ByteSource, kind: str) -> None:
         self.offset = 0
+        self.largest_gap = _LARGEST_GAP
+        """Bytes that may be left out at one place."""
         self._source = source
+        self._kind = kind
 
     async def fill(self, view: memoryview) -> None:
         """Fill all of ``view``.  ``Corrupt`` when the stream ends before."""
@@ -130,18 +136,21 @@ class Exact:
         while done < len(view):
             count = await self._source.read_into(view[done:])
             if count == 0:
-                raise _corrupt("stream cut", f"it ends at byte {self.offset}", self.offset)
+                raise self._corrupt("stream cut", f"it ends at byte {self.offset}", self.offset)
             done += count
             self.offset += count
         if start == 0 and bytes(view[:5]) == b"HTTP/":
             # XAPI answers an error that it meets after its head with a second answer
-            raise _corrupt("HTTP answer", "invalid HTTP header in response body", 0)
+            raise self._corrupt("HTTP answer", "invalid HTTP header in response body", 0)
 
     async def skip_to(self, offset: int) -> None:
         """Throw away what lies before ``offset``."""
         gap = offset - self.offset
-        if not 0 <= gap <= _LARGEST_GAP:
-            raise _corrupt("gap", f"nothing of {gap} bytes is left out in a VHD", self.offset)
+        if gap < 0:
+            message = f"byte {offset} is wanted when it is read up to {self.offset}"
+            raise self._corrupt("order", message, self.offset)
+        if gap > self.largest_gap:
+            raise self._corrupt("gap", f"{gap} bytes to what comes next", self.offset)
         scrap = memoryview(bytearray(min(gap, 64 * 1024)))
         while gap > 0:
             await self.fill(scrap[:gap])
@@ -154,14 +163,23 @@ class Exact:
         start = self.offset
         while (count := await self._source.read_into(scrap)) > 0:
             self.offset += count
-            if self.offset - start > _LARGEST_GAP:
-                raise _corrupt("gap", "it goes on behind its last block", self.offset)
+            if self.offset - start > self.largest_gap:
+                raise self._corrupt("gap", "it goes on behind its last block", self.offset)
             kept += scrap[:count]
             del kept[:-size]
         return bytes(kept)
 
+    async def drain(self) -> None:
+        """Read to the end."""
+        await self.last(1)
+
     async def finish(self) -> None:
         await self._source.finish()
+
+    def _corrupt(self, what: str, message: str, offset: int) -> Corrupt:
+        return Corrupt(
+            f"corrupt {self._kind} stream: {message}", data={"what": what, "offset": offset}
+        )
 
 
 @contextlib.asynccontextmanager
