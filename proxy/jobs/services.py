@@ -17,6 +17,7 @@ from proxy.jobs.sharing import Shared
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote
 from proxy.repository import backup_path, read_backup
+from proxy.repository.damage import DamageNotes
 from proxy.runtime import secrets
 from proxy.xapi import Xapi, XapiOptions, connect
 
@@ -86,6 +87,10 @@ class Services:
             },
         )
         return self._xapis.use(_key(spec, options), lambda: connect(options))
+
+    def damage(self, remote: Remote) -> DamageNotes:
+        """What is known to be damaged on ``remote``."""
+        return DamageNotes(self.tasks, remote)
 
     # -- runs --------------------------------------------------------------------------------
 
