@@ -55,7 +55,9 @@ class VerifyRun:
         self._request = request
         # nothing is looked at before the record of what came before is taken
         self._send, self._receive = trio.open_memory_channel["Report"](0)
-        self._summary = Summary(level=request.level, sample=request.sample)
+        self._summary = Summary(
+            status="canceled", level=request.level, sample=request.sample
+        )  # what a cancel leaves
         self._task: Task | None = None
 
     def begin(self, start: Callable[[Work], Task], work: Work) -> Task:
@@ -71,7 +73,6 @@ class VerifyRun:
     async def look(self, root: Task, remote: Remote, damage: DamageNotes) -> dict[str, Any]:
         """The work of the task.  Its result is the summary; it fails when anything is wrong."""
         request, summary = self._request, self._summary
-        summary.status = "canceled"  # what a cancel leaves
         seen = [Status.OK]
         reports = verify(
             remote,

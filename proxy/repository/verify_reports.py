@@ -169,11 +169,11 @@ class Summary(
 ):
     """The last record of a verify."""
 
-    status: str = Status.OK.value
+    status: str
     """The worst of all backups, or ``canceled``."""
     message: str | None = None
     """Why it did not come to its end."""
-    level: Level = "structure"
+    level: Level
     sample: float | None = None
     backups: dict[str, int] = {}
     """How many by status."""
@@ -192,7 +192,6 @@ class Summary(
             self.bytes_read += report.read * block_size
             return
         self.backups = _counted(self.backups, report.status.value)
-        self.status = worst([Status(self.status), report.status]).value
         self.bytes_read += report.read
         if report.checksum is not None:
             self.checksums = _counted(self.checksums, report.checksum.result)

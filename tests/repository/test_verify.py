@@ -306,7 +306,7 @@ def wrong_uuid(house: House) -> Path:
     """The parent is another disk: its header and footers are right, its uuid is not."""
     path = house.disk(0)
     raw = bytearray(path.read_bytes())
-    footer = Footer.parse(raw[:512])
+    footer = Footer.parse(bytes(raw[:512]))
     other = Footer(
         current_size=footer.current_size,
         original_size=footer.original_size,
@@ -731,7 +731,7 @@ async def test_metadata_cannot_lead_out_of_its_vm(kept: Callable[[str], Any]) ->
 async def test_a_chain_that_bites_its_tail_ends(kept: Callable[[str], Any]) -> None:
     house = await kept("directories")
     header = house.disk(1) / "header"
-    raw = bytearray(brotli.decompress(header.read_bytes()))
+    raw = brotli.decompress(header.read_bytes())
     parsed = Header.parse(raw)
     name = f"{house.dates[1]}.alias.vhd"
     header.write_bytes(brotli.compress(with_parent(parsed, name=name, uuid=house.uuids[1]).pack()))
