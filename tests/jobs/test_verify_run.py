@@ -52,7 +52,7 @@ def some_block(house: House, remote: str) -> Path:
     """The data of the first disk's first block, or the whole file."""
     base = house.folder(remote)
     if remote.startswith("directories"):
-        return min(base.rglob("blocks/0/*"))
+        return min(path for path in base.rglob("*") if path.parent.parent.name == "blocks")
     return min(base.rglob("2*.vhd"))
 
 
