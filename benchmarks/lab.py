@@ -113,6 +113,7 @@ def started(folder: Path, *command: str) -> Iterator[tuple[Program, str]]:
     with (folder / "programs.log").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, *command],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -131,8 +132,9 @@ def started(folder: Path, *command: str) -> Iterator[tuple[Program, str]]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 # -- the pool -----------------------------------------------------------------------------------
@@ -372,10 +374,10 @@ def plain_export(pool: Pool, ref: str, path: Path) -> tuple[int, float]:
     query = urlencode({"ref": ref, "session_id": pool.session})
     view = memoryview(bytearray(PIECE))
     total = 0
-    with pool.connect() as sock, _created(path) as target:
+    with pool.connect() as sock, created(path) as target:
         began = time.perf_counter()
         sock.sendall(f"GET /export/?{query} HTTP/1.1\r\nHost: pool\r\n\r\n".encode())
-        body = _after_head(sock)
+        body = after_head(sock)
         total += os.write(target, body)
         while count := sock.recv_into(view):
             total += os.write(target, view[:count])
@@ -393,7 +395,7 @@ def plain_import(pool: Pool, path: Path) -> tuple[int, float]:
         began = time.perf_counter()
         head = f"PUT /import/?{query} HTTP/1.1\r\nHost: pool\r\nContent-Length: {size}\r\n\r\n"
         sock.sendall(head.encode())
-        _after_head(sock)
+        after_head(sock)
         while count := source.readinto(view):
             sock.sendall(view[:count])
         while (status := pool.call("task.get_status", task)) == "pending":
@@ -406,7 +408,7 @@ def plain_import(pool: Pool, path: Path) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def _created(path: Path) -> Iterator[int]:
+def created(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         yield descriptor
@@ -414,7 +416,7 @@ def _created(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _after_head(sock: socket.socket) -> bytes:
+def after_head(sock: socket.socket) -> bytes:
     received = b""
     while b"\r\n\r\n" not in received:
         more = sock.recv(65536)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TextIO
 
-    from proxy.config import Config, LiveConfig
+    from proxy.config import Config
+    from proxy.config.live import LiveConfig
     from proxy.jobs import Services
     from proxy.listening import Bound
 

@@ -132,6 +132,7 @@ _BY_ERRNO: dict[int, type[ProxyError]] = {
     errno.EFBIG: Refused,
     errno.ELOOP: Refused,
     errno.ENAMETOOLONG: Refused,
+    errno.EXDEV: Refused,
     errno.EINVAL: Refused,
     errno.EIO: Unreachable,
     errno.ESTALE: Unreachable,

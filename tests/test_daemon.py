@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -111,8 +112,8 @@ class Lab:
         self._ending.callback(client.close)
         return client
 
-    def run_params(self, rate: str) -> dict[str, Any]:
-        pool = json.loads(self.start("simulate", "--disk-size", "16MiB", "--rate", rate).line())
+    def run_params(self, rate: str, size: str = "16MiB") -> dict[str, Any]:
+        pool = json.loads(self.start("simulate", "--disk-size", size, "--rate", rate).line())
         vm = pool["vms"][0]["uuid"]
         credentials = {"username": pool["user"], "password": pool["password"]}
         url = f"file://{self.folder / 'remote'}"
@@ -188,6 +189,49 @@ def test_a_stream_gets_its_root_end_before_a_stop_closes_it(lab: Lab) -> None:
     assert (log.records[-1]["id"], log.records[-1]["type"]) == (root, "end")
     assert log.records[-1]["status"] == "failure"
     assert lab.left_on_remote() == []
+
+
+def ended(client: Client, task_id: str, seconds: float = 20) -> dict[str, Any]:
+    """The task, once it has ended."""
+    until = time.monotonic() + seconds
+    while True:
+        task: dict[str, Any] = client.scalar("task.get", {"taskId": task_id})
+        if "end" in task:
+            return task
+        assert time.monotonic() < until, task
+        time.sleep(0.05)
+
+
+def test_a_run_goes_on_when_its_watcher_vanishes(lab: Lab) -> None:
+    _, client = lab.daemon(lab.config())
+    params = lab.run_params("16MiB")
+    with client.call("backup.run", params) as reply:
+        assert isinstance(reply, Stream)
+        for record in reply.items:
+            if record.get("name") == "progress":
+                break
+    with pytest.raises(Failure, match="job is already running"):
+        client.scalar("backup.run", params)
+    assert client.scalar("backup.listRunningJobs", {}) == [VM_JOB]
+    (task,) = client.scalar("task.getAll", {"filter": {"status": "pending"}})
+    assert ended(client, task["id"])["status"] == "success"
+    assert client.scalar("backup.listRunningJobs", {}) == []
+    assert any(name.endswith(".json") for name in lab.left_on_remote())
+
+
+def test_memory_does_not_grow_with_the_vm(lab: Lab) -> None:
+    """Promise I6, under a limit: what a small run has needed is enough for any, to 48 MiB."""
+    daemon, client = lab.daemon(lab.config())
+    pid = daemon.process.pid
+    small = {**lab.run_params("1GiB"), "streamLogs": False}
+    assert ended(client, client.scalar("backup.run", small))["status"] == "success"
+    status = Path(f"/proc/{pid}/status").read_text()
+    used = 1024 * int(status.split("VmData:")[1].split()[0])
+    limit = used + 48 * 1024 * 1024
+    resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))
+    large = {**lab.run_params("1GiB", "256MiB"), "streamLogs": False}
+    task = ended(client, client.scalar("backup.run", large), 60)
+    assert task["status"] == "success", task
 
 
 def test_within_the_grace_a_run_ends_by_itself_and_no_other_begins(lab: Lab) -> None:

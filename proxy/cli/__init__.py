@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -9,15 +10,27 @@ import click
 
 from proxy import __version__
 from proxy.cli import failures
-from proxy.cli.backups import backups
-from proxy.cli.call import call
-from proxy.cli.demo import demo
-from proxy.cli.serve import serve
-from proxy.cli.simulate import simulate
-from proxy.cli.tasks import tasks
+
+_NAMES = ("backups", "call", "demo", "serve", "simulate", "tasks")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Loads the file of a command when it is asked for: each needs other libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_NAMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _NAMES:
+            return None
+        found: click.Command = getattr(importlib.import_module(f"proxy.cli.{cmd_name}"), cmd_name)
+        return found
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="xo-proxy")
 def commands() -> None:
     """Back up VMs of XCP-ng and XenServer pools, driven by Xen Orchestra.
@@ -25,10 +38,6 @@ def commands() -> None:
     Exit codes: 1 failed, 2 wrong command line, 3 daemon unreachable, 4 token not accepted,
     5 wrong configuration.
     """
-
-
-for _command in (serve, call, tasks, backups, simulate, demo):
-    commands.add_command(_command)
 
 
 def main() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import msgspec
@@ -44,7 +47,12 @@ def list_(client: Client, remote_url: str, vm: str | None) -> None:
         params["vmId"] = vm
     found = client.scalar("backup.listVmBackups", params)
     if REMOTE not in found:
+        # a listing leaves out what fails; asked alone the remote says why
+        client.scalar("remote.ping", {"remote": {"url": remote_url}})
         raise Failure("the remote could not be read, the daemon's log says why")
+    if not any(found[REMOTE].values()):
+        click.echo("no backups", err=True)
+        return
     shown = Table("VM", "mode", "made (UTC)", "size", box=None, header_style="bold")
     shown.add_column("id", no_wrap=True)
     for of_vm in found[REMOTE].values():
@@ -95,9 +103,7 @@ def restore(
 
     The pool's password is read from the environment variable XAPI_PASSWORD, or asked for.
     """
-    password = os.environ.get("XAPI_PASSWORD") or click.prompt(
-        "Password", hide_input=True, err=True
-    )
+    credentials = {"username": user, "password": _password(pool)}
     params = {
         "backupId": backup_id,
         "remote": {"url": remote_url},
@@ -107,7 +113,7 @@ def restore(
         "xapi": {
             "url": pool,
             "allowUnauthorized": insecure,
-            "credentials": {"username": user, "password": password},
+            **({} if credentials["password"] is None else {"credentials": credentials}),
         },
     }
     with client.call("backup.importVmBackup", params) as reply:
@@ -115,6 +121,17 @@ def restore(
             raise Failure("the daemon sent no log of the restore")
         end = root_end(reply)
     click.echo(end["id"])
+
+
+def _password(pool: str) -> str | None:
+    """``None`` when the pool's URL holds it."""
+    with contextlib.suppress(ValueError):  # the daemon says what is wrong with it
+        if urlsplit(pool).password is not None:
+            return None
+    given = os.environ.get("XAPI_PASSWORD")
+    if given is None and not sys.stdin.isatty():
+        raise click.UsageError("set XAPI_PASSWORD: there is no terminal to ask for the password on")
+    return given or click.prompt("Password", hide_input=True, err=True)
 
 
 def root_end(log: Stream) -> Any:

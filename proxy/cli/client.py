@@ -17,12 +17,13 @@ import httpx
 import msgspec
 
 from proxy.cli.failures import UNAUTHORIZED, UNREACHABLE, Failure
-from proxy.config import Config, Places, load
 from proxy.errors import InvalidParams
 from proxy.runtime.secrets import remember
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from proxy.config import Config
 
 _COOKIE_SAFE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 """What RFC 6265 lets a cookie hold: sent as it is, since upstream does not decode."""
@@ -126,7 +127,9 @@ class Client:
             ) as response:
                 yield self._read(response)
         except httpx.ConnectError as error:
-            raise Failure(f"cannot reach {self.where}: {error}", UNREACHABLE) from error
+            # without the number that the system gives its reason
+            reason = re.sub(r"\[Errno -?\d+\] ", "", str(error))
+            raise Failure(f"cannot reach {self.where}: {reason}", UNREACHABLE) from error
         except httpx.TimeoutException as error:
             raise Failure(f"{self.where} did not answer in time", UNREACHABLE) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -225,6 +228,8 @@ class _Given:
         if url is not None and not url.startswith("unix:") and _split(url).username:
             token = token or ""
         if url is None or token is None:
+            from proxy.config import Places, load  # noqa: PLC0415  most calls need no file
+
             config = load(Places(explicit=self.configs)).config
             url = url or _url_from(config)
             token = token or config.authentication_token

@@ -17,7 +17,6 @@ from typing import TypeAlias, cast
 
 import click
 
-from proxy.config import ConfigError
 from proxy.errors import ProxyError, Unauthorized, Unreachable
 from proxy.runtime.secrets import scrub_text
 
@@ -53,6 +52,8 @@ def failure_of(error: BaseException) -> Failure | None:
         return Failure("\n".join(part.message for part in known), known[0].exit_code)
     if not isinstance(error, ProxyError):
         return error if isinstance(error, Failure) else None
+    from proxy.config.check import ConfigError  # noqa: PLC0415  only a failure needs it
+
     codes: list[tuple[type[ProxyError], int]] = [
         (ConfigError, CONFIGURATION),
         (Unauthorized, UNAUTHORIZED),

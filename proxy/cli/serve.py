@@ -27,7 +27,8 @@ def serve(configs: tuple[Path, ...]) -> None:
 
     from proxy import logs  # noqa: PLC0415
     from proxy.cli.failures import failure_of  # noqa: PLC0415
-    from proxy.config import Config, LiveConfig, Places, load  # noqa: PLC0415
+    from proxy.config import Config, Places, load  # noqa: PLC0415
+    from proxy.config.live import LiveConfig  # noqa: PLC0415
     from proxy.daemon import refuse_optimised, run  # noqa: PLC0415
     from proxy.runtime.allocator import share_heaps  # noqa: PLC0415
 

@@ -45,12 +45,30 @@ class Size(click.ParamType[int]):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A raw image that becomes the first VM's disk.",
 )
+@click.option(
+    "--nbd",
+    type=click.Choice(["nbd", "insecure_nbd"]),
+    help="Serve disks over NBD: the purpose of the pool's network, with TLS or without.",
+)
 @click.option("--rate", type=Size(), help="Bytes a second of each transfer; default: no limit.")
 @click.option(
     "--latency",
     type=click.FloatRange(0),
     default=0.0,
     help="Seconds that snapshots and similar calls take.",
+)
+@click.option(
+    "--churn",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Share of the running VMs' disks that is written anew, again and again.",
+)
+@click.option(
+    "--churn-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds from one such write to the next.",
 )
 def simulate(rate: int | None, **options: Any) -> None:
     """Run a simulated XCP-ng pool until interrupted.

@@ -10,13 +10,14 @@ Where values come from, later over earlier:
 6. for the token alone, the environment variable ``XO_PROXY_AUTHENTICATION_TOKEN``.
 
 Values are passed down to the rooms; no room below the daemon reads a file itself.
+:mod:`proxy.config.live` follows the files while the daemon runs; it is not imported here, so
+that a command that reads one value need not load Trio.
 """
 
 from __future__ import annotations
 
 from proxy.config.check import ConfigError, Problem
 from proxy.config.layers import Places
-from proxy.config.live import LiveConfig
 from proxy.config.loading import Loaded, load
 from proxy.config.schema import (
     ApiConfig,
@@ -43,7 +44,6 @@ __all__ = [
     "ConfigError",
     "HttpConfig",
     "ListenConfig",
-    "LiveConfig",
     "Loaded",
     "LogsConfig",
     "MetadataConfig",

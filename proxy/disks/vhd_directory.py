@@ -17,7 +17,7 @@ import trio
 from proxy.disks.alias import LONGEST, data_path, is_alias, parse_alias, read_alias, write_alias
 from proxy.disks.bitmap import settle_bitmap
 from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of, naming
-from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
+from proxy.errors import Conflict, Corrupt, NotFound, ProxyError
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
@@ -50,6 +50,7 @@ class VhdDirectory(RandomAccess):
     """
 
     def __init__(self, head: DirectoryHead, blocks: Blocks) -> None:
+        self.head = head
         self._remote = head.remote
         self.path = head.path
         self.compression = head.compression
@@ -309,17 +310,8 @@ class _Writer:
 
 def _chunks(shape: Shape, flags: bytes, compression: Compression) -> dict[str, bytes]:
     """Everything of the directory but its blocks, as stored, by name."""
-    count = len(flags)
-    disk_type = vhd.DiskType.DIFFERENCING if shape.is_differencing else vhd.DiskType.DYNAMIC
-    footer = vhd.Footer.make(shape.virtual_size, disk_type, shape.uuid, timestamp=shape.timestamp)
-    header = vhd.Header(
-        max_entries=count, parent_uuid=shape.parent_uuid, parent_name=shape.parent_name
-    )
-    table = vhd_directory.pack_table(flags, count)
-    try:
-        chunks = {"header": header.pack(), "footer": footer.pack(), "bat": table}
-    except ValueError as error:
-        raise Refused(str(error), code="EINVAL") from error
+    table = vhd_directory.pack_table(flags, len(flags))
+    chunks = {"header": shape.pack_header(), "footer": shape.pack_footer(), "bat": table}
     stored = {name: vhd_directory.compress(compression, data) for name, data in chunks.items()}
     filters = vhd_directory.pack_filters(compression)
     return stored if filters is None else {**stored, vhd_directory.FILTERS: filters}

@@ -77,9 +77,11 @@ async def _find(
         if backup.timestamp < record.backup.timestamp or backup.mode != "delta":
             continue
         later = (await read_backup(remote, backup.id)).metadata
-        for ref, other in (later.get("vdis") or {}).items():
+        vhds: dict[str, Any] = later.get("vhds") or {}
+        vdis: dict[str, Record] = later.get("vdis") or {}
+        for ref, other in vdis.items():
             snapshot_ref = snapshots.get(other.get("uuid", ""))
-            relative = (later.get("vhds") or {}).get(ref)
+            relative = vhds.get(ref)
             if snapshot_ref is None or relative is None:
                 continue
             tip = disk_path(backup.id, str(relative))

@@ -10,6 +10,7 @@ import trio
 
 from proxy.disks.disk import block_pool
 from proxy.errors import Canceled, Many, ProxyError
+from proxy.formats.vhd import BLOCK_SIZE
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
@@ -30,7 +31,7 @@ from proxy.xapi.snapshots import NO_BACKUP
 from proxy.xapi.vdi_export import ExportOptions, VdiExport, export_vdi
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from proxy.jobs.disk_snapshots import Group
     from proxy.runtime.buffers import BufferPool
@@ -68,6 +69,18 @@ async def _clean(parent: Task, backup: VmBackup, target: RemoteTarget) -> None:
     """Merge and remove what no backup needs.  Its failure stands in the log and stops nothing."""
     with contextlib.suppress(ProxyError):
         async with parent.child("clean-vm") as clean:
+
+            @contextlib.asynccontextmanager
+            async def merging(chain: Sequence[str]) -> AsyncIterator[Callable[[int, int], None]]:
+                del chain
+                async with clean.child("merge") as merge:
+
+                    def moved(done: int, total: int) -> None:
+                        merge.progress(done * BLOCK_SIZE, total * BLOCK_SIZE)
+
+                    yield moved
+                    merge.complete_progress()
+
             clean.result = await clean_vm(
                 target.remote,
                 backup.uuid,
@@ -75,7 +88,7 @@ async def _clean(parent: Task, backup: VmBackup, target: RemoteTarget) -> None:
                 warn=clean.warning,
                 min_age=0,  # we hold the directory: who wrote an unfinished file in it is dead
                 merge=True,
-                merging=lambda: clean.child("merge"),
+                progress=merging,
             )
 
 

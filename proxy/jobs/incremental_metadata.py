@@ -56,7 +56,7 @@ async def devices(
     for disk in disks:
         record = {**disk.vdi, "$SR$uuid": srs[disk.vdi["SR"]]["uuid"]}
         if not disk.is_memory:
-            config = {**(disk.vdi.get("other_config") or {})}
+            config: dict[str, str] = {**(disk.vdi.get("other_config") or {})}
             config.pop(ownership.BASE_DELTA_VDI, None)
             if disk.ref in bases:
                 config[ownership.BASE_DELTA_VDI] = bases[disk.ref]

@@ -151,8 +151,9 @@ class _Restore:
             raise self._corrupt("names no disks")
         found: list[_Disk] = []
         default_sr = await xapi.by_uuid("SR", request.sr_uuid)
+        vdis = self._records("vdis")
         for ref, relative in cast("dict[str, Any]", vhds).items():
-            vdi = (self._metadata.get("vdis") or {}).get(ref)
+            vdi = vdis.get(ref)
             path = disk_path(self._record.backup.id, str(relative))
             if vdi is None or path is None:
                 raise self._corrupt(f"has no usable record of the disk {relative!r}")
@@ -185,6 +186,10 @@ class _Restore:
             found.append(_Disk(ref, vdi, content, sr_ref, nearest))
         return found
 
+    def _records(self, field: str) -> dict[str, Record]:
+        """Records by reference; an old backup may lack them."""
+        return self._metadata.get(field) or {}
+
     def _corrupt(self, what: str) -> Corrupt:
         path = self._record.backup.id
         return Corrupt(f"the metadata of {path} {what}", data={"path": path})
@@ -211,13 +216,13 @@ class _Restore:
             await xapi.call_async("VDI.resize", disk.made, size)
 
     async def _attach(self, disk: _Disk, vm_ref: str) -> None:
-        for record in (self._metadata.get("vbds") or {}).values():
+        for record in self._records("vbds").values():
             if record.get("VDI") == disk.ref:
                 await vm_create.create_vbd(self._xapi, record, vm_ref, disk.made)
 
     async def _make_interfaces(self, vm_ref: str) -> None:
         networks = await vm_create.Networks.read(self._xapi)
-        for record in (self._metadata.get("vifs") or {}).values():
+        for record in self._records("vifs").values():
             made = await vm_create.create_vif(
                 self._xapi,
                 record,

@@ -67,7 +67,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     job = request.job
     kind = job.get("type")
     if kind != "backup":
-        raise Refused(f"No runner for the backup type {kind}", code="ENOTSUP")
+        raise Refused(f"No runner for the backup type {kind or 'undefined'}", code="ENOTSUP")
     mode = str(job.get("mode"))
     if mode not in ("full", "delta"):
         raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")

@@ -121,6 +121,7 @@ class Files:
     def write(self, path: str, data: bytes | memoryview) -> None:
         """Create or replace ``path``; start writing it back, so that the sync waits less."""
         rest = memoryview(data).cast("B")
+        length = len(rest)
         if self._is_closed:
             raise _closed(path)
         with (
@@ -135,10 +136,10 @@ class Files:
             try:
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
-                if together:
-                    sync_range(descriptor, 0, 0, SYNC_START)
-                else:
+                if not together:
                     os.fsync(descriptor)
+                elif length >= _BULK:
+                    sync_range(descriptor, 0, 0, SYNC_START)
             finally:
                 os.close(descriptor)  # NFS reports write errors here
 

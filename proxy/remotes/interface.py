@@ -84,6 +84,14 @@ class FileReader(Protocol):
         """``length`` bytes at ``offset``; fewer only past the end."""
         ...
 
+    async def read_into_at(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; fewer bytes only past the end.  Moves no position.
+
+        Several at once are fine.  On an error or a cancel the content of ``buffer`` is undefined,
+        but nothing writes to it any more.
+        """
+        ...
+
 
 class FileEditor(Protocol):
     """An existing file, changed in place; see :meth:`Remote.edit`.  For one task at a time."""
@@ -98,7 +106,11 @@ class FileEditor(Protocol):
         ...
 
     async def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Not durable until :meth:`sync`: a crash may leave any part of it."""
+        """Write all of ``data``, with zeros between the file's end and ``offset``.
+
+        Not durable until :meth:`sync`: a crash may leave any part of it, and of several
+        writes any of them without those before.  An error leaves any part of it too.
+        """
         ...
 
     async def truncate(self, size: int) -> None:
@@ -106,7 +118,11 @@ class FileEditor(Protocol):
         ...
 
     async def sync(self) -> None:
-        """Everything written so far is durable when this returns."""
+        """Everything written so far is durable when this returns.
+
+        Fails for good: after an error the bytes since the last sync may be lost, and every
+        later call raises too.
+        """
         ...
 
 
@@ -116,14 +132,18 @@ class Batch(Protocol):
     async def write(self, path: str, data: bytes | memoryview) -> None:
         """Create or replace a file, making parent directories.  Several at once are fine.
 
-        Until :meth:`commit` a crash may leave it missing, cut or with other bytes.
+        Until :meth:`commit` a crash may leave it missing, cut or with other bytes, as an
+        error or a cancel of this call does.  ``Conflict``: ``EISDIR`` when ``path`` is a
+        directory, ``EEXIST`` when it exists on an immutable remote.
         """
         ...
 
     async def commit(self) -> None:
-        """Every file written and every name made are durable when this returns.
+        """What calls of :meth:`write` that returned have written is durable when this returns,
+        bytes and names.  More may be written and committed after it.
 
-        Raises when the storage lost anything of them since the batch was opened.
+        Raises when the storage lost anything since the batch was opened, be it another
+        writer's; then every later call raises too.
         """
         ...
 
@@ -182,8 +202,11 @@ class Remote(Protocol):
         ...
 
     def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
-        """Change an existing regular file in place.  ``Refused`` (``ENOTSUP``) where the remote
-        cannot, ``Refused`` (``EPERM``) on an immutable one.  Leaving does not sync."""
+        """Change an existing regular file in place.  Leaving does not sync.
+
+        ``Refused`` (``ENOTSUP``) where the remote cannot, ``Refused`` (``EPERM``) on an immutable
+        one, ``Conflict`` (``EISDIR``) for anything but a regular file.
+        """
         ...
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
@@ -195,10 +218,13 @@ class Remote(Protocol):
         ...
 
     async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
-        """Replace each ``new`` by its ``old``; returns the positions whose ``old`` is missing.
+        """Replace each ``new`` by its ``old``, in order; returns the positions whose ``old`` is
+        missing.
 
-        Parent directories of ``new`` are made.  Durable together on return; a crash, an error or a
-        cancel may leave any of them done, each whole.  Other errors end it at once.
+        Parent directories of ``new`` are made, but not for a missing ``old``.  Durable together
+        on return; a crash, an error or a cancel may leave any of them done, each whole: a crash
+        may show both names, never neither.  Other errors end it at once, with those before done
+        and durable.
         """
         ...
 

@@ -59,6 +59,10 @@ _RACES = 20
 """Rounds of 'taken' and then 'not there' before we give up."""
 
 
+_left_behind: set[tuple[int, int, int]] = set()
+"""The identities of locks of this process that nobody holds but that could not be removed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holder:
     """Who holds a lock.  ``boot`` and ``namespace`` say where ``pid`` means something."""
@@ -118,7 +122,8 @@ async def _release(lock: DirectoryLock) -> None:
             # abandoned on a remote that hangs: it removes only what is ours
             await in_thread(Work.LOCK, lock.release, abandon=True)
     except ProxyError as error:
-        # the lock expires by itself, and what was done under it is done
+        # what was done under it is done; the next run of ours need not wait until it is stale
+        _left_behind.add(lock.identity)
         tell_trouble("lock not released", error, path=lock.path)
 
 
@@ -137,6 +142,7 @@ class DirectoryLock:
         self._name = f"{name}.lock"
         self._record_name = f".{name}.lock-holder"
         self._descriptor: int | None = None
+        self.identity = (0, 0, 0)
         self._mtime_ns = 0
         self._fresh_at = 0.0
 
@@ -163,7 +169,9 @@ class DirectoryLock:
                     continue
                 watched = None
             dead = seen.holder is not None and seen.holder.is_dead()
+            dead = dead or seen.identity in _left_behind
             if dead and await in_thread(Work.LOCK, self._take_over, seen.identity):
+                _left_behind.discard(seen.identity)
                 continue
             doubtful = not -_MTIME_TOLERANCE <= seen.age <= STALE_SECONDS
             if now >= until and (alive or not doubtful):
@@ -347,7 +355,8 @@ class DirectoryLock:
         """Set the directory's mtime to the file system's own now, and its record's to the same."""
         assert self._descriptor is not None, "not held"
         os.utime(self._descriptor)
-        self._mtime_ns = os.fstat(self._descriptor).st_mtime_ns
+        self.identity = _identity(os.fstat(self._descriptor))
+        self._mtime_ns = self.identity[2]
         with contextlib.suppress(OSError):  # only information
             os.utime(
                 self._record_name,

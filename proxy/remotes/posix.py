@@ -1,9 +1,10 @@
 """Blocking file operations below one directory, which no path and no symbolic link leaves.
 
-Every operation walks from an open descriptor of the root, one name at a time, and follows
-no symbolic link (``ELOOP``): whoever can write on the remote cannot point us at the
-appliance's own files, not even by swapping a directory for a link while we work.  The root
-itself may be a link or lie behind one: it is the operator's configuration.
+Every operation starts from an open descriptor of the root and follows no symbolic link
+(``ELOOP``), by the kernel's word where it has one for that, else one name at a time: whoever can
+write on the remote cannot point us at the appliance's own files, not even by swapping a
+directory for a link while we work.  The root itself may be a link or lie behind one: it is the
+operator's configuration.
 
 The descriptor also pins the directory: should a mount disappear, nothing is written into
 the empty directory under it, and a removed root is an error and not an empty remote.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from proxy.errors import Corrupt, ProxyError, Refused, Unreachable, from_os_error
 from proxy.remotes import paths
 from proxy.remotes.interface import Entry, FileStat, RemoteInfo
-from proxy.remotes.syscalls import UNSUPPORTED
+from proxy.remotes.syscalls import UNSUPPORTED, open_beneath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,12 +90,6 @@ class Root:
             code="ESTALE",
         )
 
-    def _start(self) -> int:
-        with self._mutex:
-            if self._descriptor is None:
-                raise Refused("EBADF: the remote was closed", code="EBADF")  # nothing to retry
-            return os.open(".", _DIRECTORY, dir_fd=self._descriptor)
-
     @contextlib.contextmanager
     def translated(self, doing: str, path: str) -> Iterator[None]:
         """Turn ``OSError`` into the house's errors; a vanished root is no ``NotFound``."""
@@ -102,9 +97,9 @@ class Root:
             try:
                 yield
             except FileNotFoundError:
-                with self._mutex:
-                    pinned = self._descriptor
-                    gone = pinned is not None and os.fstat(pinned).st_nlink == 0
+                gone = False
+                with contextlib.suppress(Refused), self._pinned() as root:
+                    gone = os.fstat(root).st_nlink == 0
                 if gone:
                     raise self._replaced() from None
                 raise
@@ -115,15 +110,39 @@ class Root:
 
         With ``create`` missing levels are made, each durable before the next.
         """
-        here = self._start()
+        here = self._walk(paths.normalise(path), create=create)
+        try:
+            yield here
+        finally:
+            os.close(here)
+
+    @contextlib.contextmanager
+    def _pinned(self) -> Iterator[int]:
+        """The root, open until the block ends; nothing that may hang is done under the mutex."""
+        with self._mutex:
+            if self._descriptor is None:
+                raise Refused("EBADF: the remote was closed", code="EBADF")  # nothing to retry
+            root = os.dup(self._descriptor)
+        try:
+            yield root
+        finally:
+            os.close(root)
+
+    def _walk(self, path: str, *, create: bool) -> int:
+        with self._pinned() as root:
+            found = open_beneath(root, path) if path else None
+            if found is not None:
+                return found
+            here = os.open(".", _DIRECTORY, dir_fd=root)
         try:
             for name in paths.segments(path):
                 below = self._enter(here, name, create=create)
                 os.close(here)
                 here = below
-            yield here
-        finally:
+        except BaseException:
             os.close(here)
+            raise
+        return here
 
     def _enter(self, here: int, name: str, *, create: bool) -> int:
         try:

@@ -28,7 +28,8 @@ WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _REPEATABLE = frozenset(
     {
-        *("read_file", "read.open", "read.read_into", "read.read_at", "list", "stat", "info"),
+        *("read_file", "read.open", "read.read_into", "read.read_at", "read.read_into_at"),
+        *("list", "stat", "info"),
         *("write_file", "create.open", "rename", "unlink", "mktree", "rmdir", "rmtree"),
         *("edit.open", "edit.read_into", "edit.write_at", "edit.truncate", "batch.open"),
         *("batch.write", "lock.check"),
@@ -65,7 +66,8 @@ class Retry(Wrapper):
         if operation.verb not in _REPEATABLE or operation.exclusive:
             return False
         # files of an immutable remote are all exclusive
-        return not (self.is_immutable and operation.verb in ("write_file", "create.open"))
+        exclusive = ("write_file", "create.open", "batch.write")
+        return not (self.is_immutable and operation.verb in exclusive)
 
     async def read_files(
         self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024

@@ -1,10 +1,10 @@
 """Removing what no backup needs from a VM directory, without ever guessing.
 
-Three things go: temporary files of dead writers, data without metadata, and metadata whose
-data is gone.  Everything else stays, above all what could not be read: metadata that does
-not parse, of an unknown mode, or that the storage failed to give protects the data of its
-name; a directory that cannot be listed ends the clean with nothing removed.
-The disks of delta backups (``vdis``) are not looked at.
+Temporary files of dead writers go, data without metadata, metadata whose data is gone;
+disks that no backup stands on, and others are merged (:mod:`proxy.repository.delta_clean`).
+Everything else stays, above all what could not be read: metadata that does not parse, of an
+unknown mode, or that the storage failed to give protects the data of its name and all
+disks of the VM; a directory that cannot be listed ends the clean with nothing removed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from proxy.errors import NotFound, ProxyError
+from proxy.errors import Many, NotFound, ProxyError
 from proxy.repository.cache import cached_count, read_directory, refresh_cache
+from proxy.repository.delta_clean import DeltaClean, silent
+from proxy.repository.merge_queue import forget_queued
 from proxy.repository.paths import CACHE_NAME, is_metadata_name, vm_directory, xva_name
 from proxy.repository.xva_check import is_valid_xva
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from proxy.remotes.interface import Lock, Remote
     from proxy.repository.cache import Directory
+    from proxy.repository.delta_clean import Merging
     from proxy.repository.metadata import Backup
-
-    Warn = Callable[[str, dict[str, Any]], None]
-    """Takes a warning's message and its data (JSON values)."""
+    from proxy.repository.removals import Warn
 
 _log = structlog.get_logger(__name__)
 
@@ -51,17 +52,23 @@ async def clean_vm(
     *,
     lock: Lock,
     warn: Warn,
+    merge: bool = False,
+    progress: Merging = silent,
     min_age: float = ORPHAN_AGE,
     now: Callable[[], float] = time.time,
-    merge: bool = False,
-    merging: Any = None,
 ) -> dict[str, Any]:
     """Clean the directory of ``vm_uuid``, whose ``lock`` the caller holds.
 
-    Returns Xen Orchestra's result of a clean: ``{"merge": False, "size": 0}`` (nothing is
-    merged here).  ``warn`` gets Xen Orchestra's messages.  A file that cannot be removed is
-    a warning; an error of the directory itself and a lost lock (``Busy``) are raised.  May
-    be stopped anywhere and run again.
+    With ``merge`` chains are merged, one after the other, and on one remote two at once in the
+    whole process; merges that somebody else began are finished.  Without, they are found and
+    left.  ``progress(chain)`` is an async context around each merge; it gives a function
+    that takes blocks done and blocks to do, or ``None``.
+
+    Returns Xen Orchestra's result: ``merge`` says whether there was anything to merge,
+    ``size`` is the sum of the merged disks' sizes in bytes.  ``warn`` gets Xen Orchestra's
+    messages.  A file that cannot be removed is a warning; an error of the directory itself and
+    a lost lock (``Busy``) are raised, and at the end the errors of merges.  May be stopped
+    anywhere and run again.
     """
     found = await read_directory(remote, vm_uuid, use_cache=False)
     clean = _Clean(remote, vm_uuid, found, lock, warn)
@@ -70,13 +77,31 @@ async def clean_vm(
         warn(f"Issue loading {name}", {"error": error.message, "path": clean.path(name)})
     for backup in found.backups:
         await clean.check_backup(backup)
+    disks = DeltaClean(
+        remote,
+        vm_uuid,
+        found,
+        lock=lock,
+        warn=warn,
+        merging=progress if merge else None,
+        older_than=now() - min_age,
+    )
+    await disks.run()
     for name in clean.orphans():
         await clean.remove_orphan(name, older_than=now() - min_age)
     try:
-        await refresh_cache(remote, vm_uuid)
+        await refresh_cache(remote, vm_uuid, disks.changed)
     except ProxyError as error:
         _log.warning("the listing cache is not up to date", vm=vm_uuid, error=error.message)
-    return {"merge": False, "size": 0}
+    if disks.errors:
+        raise disks.errors[0] if len(disks.errors) == 1 else _several(disks.errors)
+    if merge and not disks.pending:
+        await forget_queued(remote, vm_uuid)
+    return {"merge": disks.merged, "size": disks.size}
+
+
+def _several(errors: Sequence[ProxyError]) -> Many:
+    return Many(f"{len(errors)} merges failed", errors)
 
 
 class _Clean:

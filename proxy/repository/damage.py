@@ -77,6 +77,16 @@ class DamageNotes:
         }
 
 
+def damage_in(notes: Mapping[str, Damage], folder: str) -> Damage | None:
+    """Any damage that is noted of a disk in ``folder``."""
+    of_folder = (each for each in notes.values() if _is_in(each, folder))
+    return next(of_folder, None)
+
+
+def _is_in(damage: Damage, folder: str) -> bool:
+    return paths.parent(damage.path) == paths.normalise(folder)
+
+
 def damage_below(
     notes: Mapping[str, Damage],
     folder: str,
@@ -92,7 +102,7 @@ def damage_below(
     present = frozenset(names)
     uuids = {uuid for uuid, _ in chain}
     for damage in notes.values():
-        if paths.parent(damage.path) != paths.normalise(folder):
+        if not _is_in(damage, folder):
             continue
         if damage.uuid in uuids:
             return damage

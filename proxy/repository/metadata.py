@@ -271,6 +271,22 @@ def encode_delta(metadata: Mapping[str, Any], *, vhds: Mapping[str, str], size: 
     return msgspec.json.encode(known | more)
 
 
+def with_disks(raw: bytes, *, size: int | None, differencing: Mapping[str, bool]) -> bytes:
+    """The metadata file ``raw`` of a delta backup whose disks have been merged.
+
+    ``size`` is the sum of all disks of the backup, ``None`` leaves it; ``differencing`` tells by
+    the disk's reference which have a parent.  Everything else stays, in its order.
+    """
+    record = _object(raw, "")
+    if size is not None:
+        record["size"] = size
+    known = record.get("isVhdDifferencing")
+    merged = {**(cast("dict[str, Any]", known) if isinstance(known, dict) else {}), **differencing}
+    if merged:
+        record["isVhdDifferencing"] = merged
+    return msgspec.json.encode(record)
+
+
 def format_listing(backup: Backup, remote_id: str) -> dict[str, Any]:
     """One entry of ``backup.listVmBackups``: fields and order as Xen Orchestra expects.
 

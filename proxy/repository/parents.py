@@ -11,7 +11,7 @@ from proxy.disks.opening import open_chain, open_disk
 from proxy.disks.vhd_directory import VhdDirectory
 from proxy.errors import NotFound, ProxyError
 from proxy.formats.vhd_directory import Compression
-from proxy.repository.damage import damage_below, evidence_of
+from proxy.repository.damage import damage_below, damage_in, evidence_of
 from proxy.repository.paths import disk_directory
 
 if TYPE_CHECKING:
@@ -49,6 +49,14 @@ class _Stored(Protocol):
     """What every disk of a stored chain is, also one that is being merged."""
 
     footer: Footer
+
+
+def _damaged(damage: Damage) -> NoParent:
+    return NoParent(
+        "DAMAGED",
+        f"the chain is damaged, a verify found: {damage.message}",
+        evidence_of(damage),
+    )
 
 
 async def find_parent(
@@ -97,11 +105,7 @@ async def find_parent(
             continue
         damage = damage_below(damaged, folder, names, members)
         if damage is not None:
-            return NoParent(
-                "DAMAGED",
-                f"the chain is damaged, a verify found: {damage.message}",
-                evidence_of(damage),
-            )
+            return _damaged(damage)
         if is_directory != remote.use_vhd_directory or is_alias(name) != is_directory:
             return NoParent(
                 "STORAGE_CHANGED",
@@ -114,6 +118,9 @@ async def find_parent(
             name=name, path=path, uuid=wanted, compression=compression or Compression.NONE
         )
     if unreadable:
+        known = damage_in(damaged, folder)
+        if known is not None:
+            return _damaged(known)
         return NoParent(
             "UNREADABLE",
             "no disk of the remote equals the base, and some cannot be read",

@@ -32,7 +32,8 @@ from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.typing import ConnectionState, TaskGroup
 from hypercorn.utils import parse_socket_addr  # pyright: ignore[reportUnknownVariableType]
 
-from proxy.rpc.headers import with_fixed_headers
+from proxy.rpc.headers import PHRASES, with_fixed_headers
+from proxy.rpc.quick import WholeAnswer, read_whole
 from proxy.rpc.replies import ClientGone, StreamBroken
 from proxy.runtime.secrets import scrub_text
 
@@ -159,11 +160,33 @@ class Connection:
                     return
                 continue
             try:
+                if self.idle and await self._answer_at_once(data):
+                    continue
                 await self._protocol.handle(RawData(bytes(data)))
             except (ClientGone, StreamBroken):
                 self.abort()
                 return
             self._expect_more()
+
+    async def _answer_at_once(self, data: bytes | bytearray) -> bool:
+        """Answer a small call that came in one piece, if nothing in it needs more.
+
+        ``False``: nothing was done, the protocol is to read ``data``.
+        """
+        protocol = self._protocol
+        if protocol.has_begun() or self._context.terminated.is_set():
+            return False
+        request = read_whole(data)
+        if request is None:
+            return False
+        self.idle = False
+        self._limit(0)
+        answered: bool = await self._app.answer_at_once(
+            request.target, request.headers, request.body, WholeAnswer(self._send).send
+        )
+        if answered:
+            self._wait_for_request()
+        return answered
 
     def _expect_more(self) -> None:
         """Set the deadline for what the client owes now."""
@@ -351,17 +374,13 @@ class _Protocol(H11Protocol):
     async def handle(self, event: Event) -> None:
         try:
             await super().handle(event)
-            stream: object = self.stream
-            if isinstance(stream, _Whole):  # its body is not all here
-                await stream.give_up()
         except _WrongVersion:
             await self._send_error_response(505)
             await self.send(Closed())
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200:
-            answer = h11.Response(headers=event.headers, status_code=event.status_code)
-            self._held = with_fixed_headers(self._encode(answer))
+            self._held = with_fixed_headers(self._head(event.status_code, event.headers))
         elif isinstance(event, Body | EndBody):
             part = h11.Data(data=event.data) if isinstance(event, Body) else h11.EndOfMessage()
             data = self._held + self._encode(part)
@@ -369,6 +388,22 @@ class _Protocol(H11Protocol):
             await self.send(RawData(data))
         else:
             await super().stream_send(event)
+
+    def has_begun(self) -> bool:
+        """Whether it has read some of a request that is not answered."""
+        connection = self.connection
+        return connection.their_state is not h11.IDLE or bool(connection.trailing_data[0])
+
+    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        # clients show the phrase: without it XO's message would be "401 " and nothing else
+        answer = h11.Response(headers=headers, status_code=status, reason=PHRASES.get(status, b""))
+        return self._encode(answer)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        head = self._head(status_code, [(b"content-length", b"0"), (b"connection", b"close")])
+        if head:  # else an answer has begun: what follows it must not end it
+            end = self._encode(h11.EndOfMessage())
+            await self.send(RawData(with_fixed_headers(head) + end))
 
     def _encode(self, event: h11.Event) -> bytes:
         try:
@@ -383,14 +418,6 @@ class _Protocol(H11Protocol):
             raise _WrongVersion
 
     async def _create_stream(self, request: h11.Request) -> None:
-        at_once = getattr(self.app, "answer_at_once", None)
-        if at_once is not None and request.method == b"POST":
-            self.stream = cast("HTTPStream", _Whole(self, request, at_once))
-        else:
-            await self.begin(request)
-
-    async def begin(self, request: h11.Request) -> None:
-        """Start the application on a request."""
         self.stream = _Stream(
             self.app,
             self.config,
@@ -413,68 +440,6 @@ class _Protocol(H11Protocol):
             )
         )
         self.keep_alive_requests += 1
-
-    async def send_now(self, message: Any) -> None:
-        """What :class:`HTTPStream` does with an answer's messages, for an answer of ours."""
-        if message["type"] == "http.response.start":
-            answer = h11.Response(headers=message["headers"], status_code=message["status"])
-            self._held = with_fixed_headers(self._encode(answer))
-            return
-        data, self._held = self._held, b""
-        if message["body"]:
-            data += self._encode(h11.Data(data=message["body"]))
-        if not message.get("more_body", False):
-            data += self._encode(h11.EndOfMessage())
-        await self.send(RawData(data))
-
-    async def finished(self) -> None:
-        """An answer was sent whole without the application's task."""
-        self.stream = None
-        await self._maybe_recycle()
-
-
-class _Whole:
-    """A request that came in one piece, body and all, as small calls do.
-
-    Where the application can answer it without waiting, it is answered right here, which
-    spares two tasks' turns and most of hypercorn's layers: half of the cost of such a call.
-    Everything else goes the long way, from the start.
-    """
-
-    def __init__(
-        self,
-        protocol: _Protocol,
-        request: h11.Request,
-        at_once: Callable[..., Awaitable[bool]],
-    ) -> None:
-        self._protocol = protocol
-        self._request = request
-        self._at_once = at_once
-        self._events: list[StreamEvent] = []
-
-    async def handle(self, event: StreamEvent) -> None:
-        if isinstance(event, Body):
-            self._events.append(event)
-        elif isinstance(event, EndBody):
-            protocol, request = self._protocol, self._request
-            body = b"".join(one.data for one in self._events if isinstance(one, Body))
-            headers = list(request.headers)
-            if await self._at_once(request.target, headers, body, protocol.send_now):
-                protocol.keep_alive_requests += 1
-                await protocol.finished()
-            else:
-                self._events.append(event)
-                await self.give_up()
-
-    async def give_up(self) -> None:
-        """Go the long way with what has come."""
-        protocol = self._protocol
-        protocol.stream = None
-        if protocol.connection.their_state is h11.ERROR:
-            return  # refused already
-        await protocol.begin(self._request)
-        for event in self._events:
-            await cast("_Stream", protocol.stream).handle(event)
 
 
 class _Stream(HTTPStream):

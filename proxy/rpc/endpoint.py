@@ -40,7 +40,10 @@ _REASONS = {
     405: b"Method Not Allowed",
     413: b"Payload Too Large",
     501: b"Not Implemented",
+    503: b"Service Unavailable",
 }
+_WHOLE_BODIES = 2
+"""Bodies of the largest size that may be in memory together while they arrive."""
 _KNOWN_VERBS = {"GET", "HEAD", "PUT", "PATCH", "DELETE"}
 
 
@@ -60,6 +63,8 @@ class Endpoint:
         self._authenticator = authenticator
         self._settings = settings
         self._stopping = stopping
+        self._arriving = 0
+        """Bytes of bodies that are not complete."""
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         verb = scope["method"]
@@ -80,7 +85,17 @@ class Endpoint:
             await _plain(send, body, (b"connection", b"close"))
             return
         reply = Reply(send, functools.partial(self._headers, token))
-        await self._answer(body, reply, settings)
+        try:
+            call = parse(body)
+        except Malformed as error:
+            await reply.finish(failure(error.identity, error))
+            return
+        del body  # it may be XO's whole configuration, and a run takes hours
+        method = self._registry.find(call.method)
+        if method is None:
+            await reply.finish(failure(call.identity, MethodNotFound(call.method)))
+            return
+        await self._call(call, method, reply, settings)
 
     async def at_once(self, headers: Headers, body: bytes, send: Send) -> bool:
         """Answer a call of a method that does not wait; false for any other, untouched."""
@@ -117,28 +132,22 @@ class Endpoint:
             whole: bytes = event["body"]
             return whole if len(whole) <= limit else 413
         body = bytearray()
-        while True:
-            if event["type"] != "http.request":
-                return None
-            body += event["body"]
-            if len(body) > limit:
-                return 413
-            if not event["more_body"]:
-                return body
-            event = await receive()
-
-    async def _answer(self, body: bytes | bytearray, reply: Reply, settings: ApiConfig) -> None:
         try:
-            call = parse(body)
-        except Malformed as error:
-            await reply.finish(failure(error.identity, error))
-            return
-        try:
-            method = self._registry[call.method]
-        except MethodNotFound as error:
-            await reply.finish(failure(call.identity, error))
-            return
-        await self._call(call, method, reply, settings)
+            while True:
+                if event["type"] != "http.request":
+                    return None
+                body += event["body"]
+                self._arriving += len(event["body"])
+                if len(body) > limit:
+                    return 413
+                if self._arriving > _WHOLE_BODIES * limit:
+                    logger.warning("too many large requests at once", bytes=self._arriving)
+                    return 503
+                if not event["more_body"]:
+                    return body
+                event = await receive()
+        finally:
+            self._arriving -= len(body)
 
     async def _call(self, call: Call, method: Method, reply: Reply, settings: ApiConfig) -> None:
         try:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import time
 from email.utils import formatdate
+from http import HTTPStatus
+
+PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 SECURITY: dict[str, str] = {
     "content-security-policy": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import resource
 import socket
 import ssl
 import stat
@@ -34,8 +35,13 @@ if TYPE_CHECKING:
 
 BACKLOG = 1024
 """A restart of XO opens hundreds of connections at once."""
+SPARE_DESCRIPTORS = 256
+"""Open files that clients leave to backups: remotes, pools, the journal."""
 USER_TIMEOUT_MS = 60_000
 """How long the kernel keeps unacknowledged bytes for a host that has vanished."""
+
+_DESCRIPTORS = 65_536
+"""Enough for every setting; what a process may have can be a billion."""
 
 Listener: TypeAlias = "trio.SocketListener | trio.SSLListener[trio.SocketStream]"
 
@@ -194,6 +200,21 @@ def _explain(error: OSError, address: Address) -> Exception:
     return Unreachable(text, code=code)
 
 
+def allow_descriptors() -> int:
+    """Allow this process as many open files as the system lets it; that number.
+
+    A shell's usual limit of 1,024 would let idle clients take the files that a backup needs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY:
+        return _DESCRIPTORS
+    if soft >= wanted:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
 async def serve(
     app: App,
     listeners: Sequence[Listener],
@@ -281,6 +302,7 @@ class _Server:
         self._settings = settings
         self._open: set[Connection] = set()
         self._changed = trio.Event()
+        self._descriptors = allow_descriptors()
 
     @property
     def count(self) -> int:
@@ -308,8 +330,10 @@ class _Server:
 
     async def _serve(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
         settings = self._settings()
-        if len(self._open) >= settings.max_connections:
-            logger.warning("too many connections", limit=settings.max_connections)
+        ours = max(self._descriptors - SPARE_DESCRIPTORS, self._descriptors // 2)
+        limit = min(settings.max_connections, ours)
+        if len(self._open) >= limit:
+            logger.warning("too many connections", limit=limit)
             await trio.aclose_forcefully(stream)
             return
         connection = Connection(self._app, self._config, self._context, settings, stream)

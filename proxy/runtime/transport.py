@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import os
 import select
 import socket
 import ssl
@@ -83,7 +84,8 @@ def connect_error(error: BaseException, peer: str) -> ProxyError:
             return Unreachable(f"cannot resolve the name of {peer}", code="ENOTFOUND")
         if isinstance(cause, OSError) and cause.errno:
             name = errno.errorcode.get(cause.errno, "EIO")
-            text = (cause.strerror or "input/output error").lower()
+            # not its own text, in which Trio names the address in Python's way
+            text = os.strerror(cause.errno).lower()
             return Unreachable(f"{name}: {peer}: {text}", code=name)
     return Unreachable(f"lost the connection to {peer}", code="ECONNRESET")
 

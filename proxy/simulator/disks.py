@@ -280,9 +280,16 @@ class DiskContent:
         """2 MiB blocks, the last one perhaps in part."""
         return -(-self.size // BLOCK)
 
-    def is_zero(self, block: int) -> bool:
-        """Whether a 2 MiB block is known to be zeros (a file's is not read before)."""
-        return self.stored(2 * block) is None and self.stored(2 * block + 1) is None
+    def held_blocks(self) -> list[int]:
+        """The 2 MiB blocks, ascending, that are not zeros; reads all of a file."""
+        return sorted({number // 2 for number in self._held() if self.visible(number)})
+
+    def _held(self) -> Iterator[int]:
+        """The units that are not zeros."""
+        units: Iterable[int] = range(-(-self.size // UNIT))
+        if self._kind is None and self.file is None:
+            units = list(self._written)  # a large disk may be nearly empty
+        return (number for number in units if self.stored(number) is not None)
 
     def chunks(self) -> Iterator[bytes]:
         """The whole content, at most 1 MiB at a time."""
@@ -294,8 +301,7 @@ class DiskContent:
         """Bytes of the units that are not zero (a file counts in full)."""
         if self.file is not None:
             return self.size
-        units = -(-self.size // UNIT)
-        return sum(UNIT for number in range(units) if self.stored(number) is not None)
+        return sum(UNIT for _ in self._held())
 
 
 def _kept(data: memoryview) -> Stamped | bytes | None:

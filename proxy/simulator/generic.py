@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import XapiError
-from proxy.simulator.records import COMPUTED, SCHEMA
+from proxy.simulator.records import COMPUTED, READ_ONLY, SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,10 @@ def method_names(kind: str) -> list[str]:
     """The generic methods of a class, for ``system.listMethods``."""
     names = [f"{kind}.{name}" for name in _GETTERS]
     for name, field in SCHEMA[kind].items():
-        names += [f"{kind}.get_{name}", f"{kind}.set_{name}"]
+        names.append(f"{kind}.get_{name}")
+        if (kind, name) in READ_ONLY:
+            continue
+        names.append(f"{kind}.set_{name}")
         if field.code == "M":
             names += [f"{kind}.add_to_{name}", f"{kind}.remove_from_{name}"]
         elif field.code == "L":
@@ -52,6 +55,8 @@ def call(store: Store, method: str, params: list[Any]) -> Any:
         field = SCHEMA[kind].get(verb[len(prefix) :])
         if field is None or (codes and field.code not in codes):
             continue
+        if change is not _get and (kind, verb[len(prefix) :]) in READ_ONLY:
+            continue
         _counted(method, params, count)
         record = store.get(kind, params[0])
         return change(store, kind, verb[len(prefix) :], record, params)
@@ -63,8 +68,6 @@ def _get(_store: Store, _kind: str, name: str, record: Record, _params: list[Any
 
 
 def _set(store: Store, kind: str, name: str, _record: Record, params: list[Any]) -> str:
-    if (kind, name) in COMPUTED:
-        raise XapiError("MESSAGE_METHOD_UNKNOWN", [f"{kind}.set_{name}"])
     store.update(kind, params[0], **{name: params[1]})
     return ""
 

@@ -41,7 +41,7 @@ class Sending:
         """The 2 MiB blocks that travel: those that differ from the base, or are not zero."""
         if self.base is not None:
             return self.content.changed_units(self.base.content)
-        return [block for block in range(self.content.blocks) if not self.content.is_zero(block)]
+        return self.content.held_blocks()
 
 
 class Receiver(Protocol):

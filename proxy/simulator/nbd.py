@@ -36,6 +36,8 @@ MOST_CONNECTIONS = 16
 """Of one host, whoever opens them."""
 _LARGEST_READ = 32 * 1024 * 1024
 _ZEROS = bytes(UNIT)
+_STUCK = 3
+"""Looks at a connection that its client left, before it counts as standing still."""
 
 
 class NbdHosts:
@@ -134,10 +136,19 @@ class _Connection:
         self._outlet = Outlet(pool, self._wire, transfer)
         self._content: DiskContent | None = None
         self._drive = ""
+        self._reading = False
 
     async def watch(self, scope: trio.CancelScope) -> None:
-        """Notice also at a gate or in a stall that the client is gone."""
+        """Notice also at a gate or in a stall that the client is gone.
+
+        While requests are read their reader meets the end, behind what was still sent: to
+        close over an unread goodbye would reset the connection.
+        """
         await self._wire.client_left()
+        stuck = 0
+        while stuck < _STUCK:
+            await trio.sleep(0.02)
+            stuck = 0 if self._reading else stuck + 1
         scope.cancel()
 
     def release(self) -> None:
@@ -172,7 +183,9 @@ class _Connection:
     async def _receive(self, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
+            self._reading = True
             part = await self._wire.stream.receive_some(count - len(data))
+            self._reading = False
             if not part:
                 raise Gone
             data += part
@@ -210,12 +223,13 @@ class _Connection:
             return None
         try:
             vdi = pool.nbd.resolve(name)
+            self._content = pool.disks.content(vdi)
+            if opening:
+                self._drive = pool.disks.attach_to_dom0(vdi)
         except XapiError:
             return None
-        self._content = pool.disks.content(vdi)
         size = self._content.size
         if opening:
-            self._drive = pool.disks.attach_to_dom0(vdi)
             await pool.gates.pass_by("NBD.export", "after")
         return Export(fault.size if fault is not None and fault.size is not None else size)
 
@@ -249,8 +263,7 @@ class _Connection:
                 pieces = await in_thread(Work.DISK, content.read, offset, count)
             else:
                 pieces = content.read(offset, count)
-            for piece in pieces or [memoryview(_ZEROS)[:count]]:
-                await self._outlet.send(piece)
+            await self._outlet.send_together(pieces or [memoryview(_ZEROS)[:count]])
             offset += count
             length -= count
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import trio
 
 from proxy.simulator.calls import Calls
+from proxy.simulator.devices import Devices
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
 from proxy.simulator.leftovers import leftovers
@@ -45,6 +46,7 @@ class SimulatedPool:
         self.tasks = Tasks(self.store, lambda: self.master)
         self.disks = Disks(self)
         self.vms = VmOperations(self)
+        self.devices = Devices(self)
         self.calls = Calls(self)
         self.nbd = NbdHosts(self)
         self.faults = Faults()

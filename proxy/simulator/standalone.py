@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -42,6 +42,11 @@ class SimulatorOptions:
     boot_seconds: float = 1.0
     rate: float | None = None
     """Bytes per second of each transfer; None for as fast as possible."""
+    churn: float = 0.0
+    """Share of each disk of a running VM that is written anew every ``churn_seconds``."""
+    churn_seconds: float = 60.0
+    nbd: Literal["nbd", "insecure_nbd"] | None = None
+    """Serve disks over NBD, with or without TLS."""
 
 
 _SLOW = """
@@ -66,12 +71,24 @@ def build(options: SimulatorOptions) -> SimulatedPool:
         fill=options.fill,
     )
     pool.boot_seconds = options.boot_seconds
+    if options.nbd is not None:
+        pool.enable_nbd(options.nbd)
     if options.latency:
         pool.latencies.update(dict.fromkeys(_SLOW, options.latency))
     if options.rate:
-        for point in ("/export", "/import", "/export_raw_vdi"):
+        for point in ("/export", "/import", "/export_raw_vdi", "/import_raw_vdi", "NBD"):
             pool.fail(point, rate=options.rate, times=None)
     return pool
+
+
+async def churn(pool: SimulatedPool, share: float, seconds: float) -> None:
+    """Play the guests: write into the disks of all running VMs, again and again."""
+    while True:
+        await trio.sleep(seconds)
+        for vm, record in pool.store.all("VM"):
+            if record["power_state"] == "Running":
+                for uuid in pool.disk_uuids(vm):
+                    pool.mutate(uuid, share)
 
 
 async def run_standalone(
@@ -95,6 +112,8 @@ async def run_standalone(
             )
 
         await nursery.start(start)
+        if options.churn:
+            nursery.start_soon(churn, pool, options.churn, options.churn_seconds)
         info = standalone_info(pool)
         if ready is not None:
             ready(info)

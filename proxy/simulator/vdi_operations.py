@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import XapiError
 from proxy.simulator.disks import DiskContent
-from proxy.simulator.records import NULL, is_null
+from proxy.simulator.records import EPOCH, NULL, is_null
 from proxy.simulator.tasks import now
 
 if TYPE_CHECKING:
@@ -23,7 +23,14 @@ _COPIED = (
     "other_config",
     "tags",
     "xenstore_data",
+    "on_boot",
+    "allow_caching",
 )
+_CREATED = """
+    name_label name_description SR type sharable read_only other_config xenstore_data sm_config
+    tags
+""".split()  # noqa: SIM905 - as the other lists of fields
+"""What ``VDI.create`` takes from a record, beside the size."""
 
 
 class Disks:
@@ -53,14 +60,28 @@ class Disks:
         self._account(self._store.get("VDI", ref)["SR"])
         return ref
 
-    def create_suspend(self, vm: str, name: str) -> str:
-        memory = self._store.get("VM", vm)["memory_static_max"]
-        size = min(memory, 4 * 1024 * 1024)
+    def create_empty(self, record: Record) -> str:
+        """``VDI.create``: zeros; what a client may not set is ignored."""
+        fields = {field: record[field] for field in _CREATED if field in record}
+        self._store.get("SR", fields.get("SR"))
+        if fields.get("type") == "cbt_metadata":
+            raise XapiError("VDI_INCOMPATIBLE_TYPE", ["", "cbt_metadata"])
+        size = int(record["virtual_size"])
+        _check_size(size, fields.get("sm_config", {}))
+        return self.create(DiskContent(size), **fields)
+
+    def create_suspend(self, vm: str, name: str, *, is_a_snapshot: bool = False) -> str:
+        """The memory image of a VM, on its suspend SR or the default one."""
+        record = self._store.get("VM", vm)
+        size = min(record["memory_static_max"], 4 * 1024 * 1024)
+        sr = record["suspend_SR"]
         return self.create(
             DiskContent(size, kind="random", seed=self._pool.seed + 1000),
-            SR=self._pool.default_sr,
+            SR=self._pool.default_sr if is_null(sr) else sr,
             type="suspend",
             name_label=name,
+            is_a_snapshot=is_a_snapshot,
+            snapshot_time=now() if is_a_snapshot else EPOCH,
         )
 
     def content(self, vdi: str) -> DiskContent:
@@ -72,15 +93,16 @@ class Disks:
 
     def snapshot(self, vdi: str, _options: Any = None) -> str:
         """Freeze a disk.  Both sides then hang under a hidden parent, as SMAPI leaves them."""
-        record = self._store.get("VDI", vdi)
+        record = self._managed(vdi)
         content = self.content(vdi)
+        kept = _format_of(record)
         hidden = self.create(
             content.copy(),
             SR=record["SR"],
             name_label="base copy",
             managed=False,
             read_only=True,
-            sm_config=_under(record["sm_config"].get("vhd-parent")),
+            sm_config=_under(record["sm_config"].get("vhd-parent")) | kept,
         )
         parent = self._store.get("VDI", hidden)["uuid"]
         frozen = self.create(
@@ -91,7 +113,7 @@ class Disks:
             snapshot_time=now(),
             read_only=False,
             cbt_enabled=record["cbt_enabled"],
-            sm_config=_under(parent),
+            sm_config=_under(parent) | kept,
             **{field: record[field] for field in _COPIED},
         )
         self._store.update("VDI", vdi, sm_config={**record["sm_config"], "vhd-parent": parent})
@@ -99,10 +121,13 @@ class Disks:
 
     def clone(self, vdi: str, sr: Any = None) -> str:
         """An independent disk with the same bytes, on ``sr`` or beside the source."""
-        record = self._store.get("VDI", vdi)
+        record = self._managed(vdi)
         target = sr if isinstance(sr, str) and not is_null(sr) else record["SR"]
         return self.create(
-            self.content(vdi).copy(), SR=target, **{field: record[field] for field in _COPIED}
+            self.content(vdi).copy(),
+            SR=target,
+            sm_config=_format_of(record),
+            **{field: record[field] for field in _COPIED},
         )
 
     def resize(self, vdi: str, size: int, *, online: bool = False) -> None:
@@ -119,12 +144,21 @@ class Disks:
 
     def destroy(self, vdi: str) -> None:
         """Remove it with its drives; ``VDI_IN_USE`` while attached."""
-        record = self._store.get("VDI", vdi)
+        record = self._managed(vdi)
         if self.attached(record):
             raise XapiError("VDI_IN_USE", [vdi, "destroy"])
         for ref in record["VBDs"]:
             self._store.destroy("VBD", ref)
+        for vm, owner in self._store.all("VM"):
+            if owner["suspend_VDI"] == vdi:
+                self._store.update("VM", vm, suspend_VDI=NULL)
         self.forget(vdi)
+
+    def _managed(self, vdi: str) -> Record:
+        record = self._store.get("VDI", vdi)
+        if not record["managed"]:
+            raise XapiError("VDI_NOT_MANAGED", [vdi])
+        return record
 
     def attached(self, record: Record) -> bool:
         return any(self._store.get("VBD", ref)["currently_attached"] for ref in record["VBDs"])
@@ -189,10 +223,8 @@ class Disks:
             raise XapiError("OPERATION_NOT_ALLOWED", ["VDI is not a snapshot: " + vdi])
         if not record["cbt_enabled"]:
             raise XapiError("VDI_NO_CBT_METADATA", [vdi])
-        if self.attached(record):
+        if record["VBDs"]:  # attached or not: xapi waits 4 s for each of them to be gone
             raise XapiError("VDI_IN_USE", [vdi, "data_destroy"])
-        for ref in record["VBDs"]:
-            self._store.destroy("VBD", ref)
         self._store.update("VDI", vdi, type="cbt_metadata", physical_utilisation=0)
 
     def set_cbt(self, vdi: str, *, enabled: bool) -> None:
@@ -205,6 +237,14 @@ class Disks:
             raise XapiError("VDI_ON_BOOT_MODE_INCOMPATIBLE_WITH_OPERATION", [])
         self._store.update("VDI", vdi, cbt_enabled=enabled)
 
+    def check_free(self, vdi: str, *, write: bool) -> None:
+        """Raise ``XapiError`` ``VDI_IN_USE`` unless one more may attach the disk."""
+        record = self._store.get("VDI", vdi)
+        for drive in (self._store.get("VBD", ref) for ref in record["VBDs"]):
+            clash = write or drive["mode"] == "RW"
+            if drive["currently_attached"] and clash and not record["sharable"]:
+                raise XapiError("VDI_IN_USE", [vdi])
+
     def attach_to_dom0(self, vdi: str, *, write: bool = False) -> str:
         """The drive that the pool makes while it reads or writes a disk.
 
@@ -213,9 +253,7 @@ class Disks:
         """
         dom0 = self._pool.dom0
         self.content(vdi)
-        for drive in (self._store.get("VBD", ref) for ref in self._store.get("VDI", vdi)["VBDs"]):
-            if drive["currently_attached"] and (write or drive["mode"] == "RW"):
-                raise XapiError("VDI_IN_USE", [vdi])
+        self.check_free(vdi, write=write)
         return self._store.create(
             "VBD",
             VM=dom0,
@@ -244,6 +282,12 @@ class Disks:
             for ref in self._store.get("SR", sr)["VDIs"]
         )
         self._store.update("SR", sr, physical_utilisation=used)
+
+
+def _format_of(record: Record) -> dict[str, str]:
+    """The entry of ``sm_config`` that a copy of a disk has too."""
+    config = record["sm_config"]
+    return {key: config[key] for key in ("image-format",) if key in config}
 
 
 def _check_size(size: int, sm_config: Record) -> None:

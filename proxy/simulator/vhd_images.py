@@ -181,7 +181,7 @@ class VhdReceiver:
         visible = self._content.visible(number)
         for start, end in _spans(bitmap):
             inside = min(end, max(start, visible))
-            if unit[inside:end] != ZEROS[: end - inside]:
+            if bytes(unit[inside:end]).strip(b"\0"):
                 raise Corrupt(f"data beyond the end of the disk, in MiB {number}")
             if inside > start:
                 self._content.write(number * UNIT + start, unit[start:inside])

@@ -44,7 +44,34 @@ _COPIED = """
     other_config recommendations xenstore_data ha_always_run ha_restart_priority tags
     bios_strings appliance start_delay shutdown_delay order suspend_SR version generation_id
     hardware_platform_version has_vendor_device reference_label domain_type NVRAM
+    last_boot_CPU_flags last_booted_record
 """.split()  # noqa: SIM905 - a list of forty lines says no more
+_CREATED = """
+    name_label name_description user_version is_a_template affinity memory_target
+    memory_static_max memory_dynamic_max memory_dynamic_min memory_static_min VCPUs_params
+    VCPUs_max VCPUs_at_startup actions_after_softreboot actions_after_shutdown
+    actions_after_reboot actions_after_crash PV_bootloader PV_kernel PV_ramdisk PV_args
+    PV_bootloader_args PV_legacy_args HVM_boot_policy HVM_boot_params HVM_shadow_multiplier
+    platform PCI_bus other_config recommendations xenstore_data ha_always_run
+    ha_restart_priority tags appliance start_delay shutdown_delay order suspend_SR version
+    generation_id hardware_platform_version has_vendor_device reference_label domain_type NVRAM
+""".split()  # noqa: SIM905 - a list of forty lines says no more
+"""What ``VM.create`` takes from a record; the rest it ignores, as ``blocked_operations``."""
+_SETTABLE_BIOS_STRINGS = """
+    bios-vendor bios-version system-manufacturer system-product-name system-version
+    system-serial-number baseboard-manufacturer baseboard-product-name baseboard-version
+    baseboard-serial-number baseboard-asset-tag baseboard-location-in-chassis enclosure-asset-tag
+""".split()  # noqa: SIM905 - a list of forty lines says no more
+_LONGEST_BIOS_STRING = 512
+_BIOS_STRINGS = {
+    **dict.fromkeys(_SETTABLE_BIOS_STRINGS, ""),
+    "bios-vendor": "Xen",
+    "system-manufacturer": "Xen",
+    "system-product-name": "HVM domU",
+    "hp-rombios": "",
+    "oem-1": "Xen",
+    "oem-2": "MS_VM_CERT/SHA1/bdbeb6e0a816d43fa6d3fe8aaef04c2bad9d3e3d",
+}
 _VBD_COPIED = """
     device userdevice bootable mode type unpluggable empty other_config qos_algorithm_type
     qos_algorithm_params
@@ -128,6 +155,66 @@ class VmOperations:
             if record["type"] == "Disk" and self._store.find("VDI", record["VDI"])
         ]
 
+    # Making and changing
+
+    def create(self, record: Record) -> str:
+        """A VM without drives and networks; halted, or suspended with its memory image."""
+        fields = {field: record[field] for field in _CREATED if field in record}
+        config = dict(fields.get("other_config", {}))
+        config.setdefault("mac_seed", self._store.new_uuid())
+        fields["other_config"] = config
+        if fields.get("domain_type", "unspecified") == "unspecified":
+            fields["domain_type"] = "hvm" if fields.get("HVM_boot_policy") else "pv"
+        if record.get("power_state") == "Suspended":
+            for field in ("last_boot_CPU_flags", "last_booted_record", "suspend_VDI"):
+                fields[field] = record.get(field)
+            if (
+                is_null(fields["suspend_VDI"])
+                or not fields["last_boot_CPU_flags"]
+                or not fields["last_booted_record"]
+            ):
+                raise XapiError(
+                    "VM_BAD_POWER_STATE", [self._store.new_ref(), "halted", "suspended"]
+                )
+            self._store.get("VDI", fields["suspend_VDI"])
+            fields["power_state"] = "Suspended"
+        vm = self._store.create("VM", **fields, metrics=self._store.create("VM_metrics"))
+        self.refresh(vm)
+        return vm
+
+    def set_memory(self, vm: str, low: int, high: int, least: int, most: int) -> None:
+        """Static minimum and maximum, dynamic minimum and maximum, of a halted VM."""
+        self._pool.devices.check_power(vm, "Halted")
+        if not 0 <= low <= least <= most <= high:
+            raise XapiError("MEMORY_CONSTRAINT_VIOLATION_ORDER")
+        self._store.update(
+            "VM",
+            vm,
+            memory_static_min=low,
+            memory_static_max=high,
+            memory_dynamic_min=least,
+            memory_dynamic_max=most,
+            memory_target=least,
+        )
+
+    def set_bios_strings(self, vm: str, strings: Record) -> None:
+        """Once and for all; those that are not given get Xen's."""
+        if self._store.get("VM", vm)["bios_strings"]:
+            raise XapiError("VM_BIOS_STRINGS_ALREADY_SET")
+        for key, value in strings.items():
+            if key not in _SETTABLE_BIOS_STRINGS:
+                raise XapiError("INVALID_VALUE", [key, "Unknown key"])
+            if not value:
+                raise XapiError("INVALID_VALUE", [key, "Value provided is empty"])
+            if len(value) > _LONGEST_BIOS_STRING:
+                limit = f"{value} has length more than {_LONGEST_BIOS_STRING} characters"
+                raise XapiError("INVALID_VALUE", [key, limit])
+            if not (value.isascii() and value.isprintable()):
+                raise XapiError(
+                    "INVALID_VALUE", [key, f"{value} has non-printable ASCII characters"]
+                )
+        self._store.update("VM", vm, bios_strings={**_BIOS_STRINGS, **strings})
+
     # Copies
 
     def snapshot(
@@ -152,7 +239,12 @@ class VmOperations:
             },
         )
         if suspended:
-            self._store.update("VM", copy, suspend_VDI=self._pool.disks.create_suspend(vm, name))
+            image = source["suspend_VDI"]
+            if is_null(image):
+                frozen = self._pool.disks.create_suspend(vm, "Suspend image", is_a_snapshot=True)
+            else:
+                frozen = self._pool.disks.snapshot(image)
+            self._store.update("VM", copy, suspend_VDI=frozen)
         self._store.update("VM", vm, parent=copy)
         self.refresh(copy)
         return copy
@@ -199,14 +291,19 @@ class VmOperations:
                 values["MAC"] = self._store.new_mac()
             self._store.create("VIF", VM=copy, **values)
         for ref in source["VTPMs"]:
-            created = self._store.create("VTPM", VM=copy)
-            self._pool.vtpm_contents[created] = self._pool.vtpm_contents.get(ref, "")
+            unique = self._store.get("VTPM", ref)["is_unique"]
+            created = self._store.create("VTPM", VM=copy, is_unique=unique)
+            contents = "" if unique else self._pool.vtpm_contents.get(ref, "")
+            self._pool.vtpm_contents[created] = contents
         return copy
 
     # Power
 
     def start(self, vm: str, *, paused: bool = False) -> None:
         record = self._store.get("VM", vm)
+        for _, drive in self.vbds(vm):
+            if drive["type"] == "Disk" and not is_null(drive["VDI"]):
+                self._pool.disks.check_free(drive["VDI"], write=drive["mode"] == "RW")
         metrics = record["guest_metrics"]
         if self._store.find("VM_guest_metrics", metrics) is None:
             metrics = self._store.create("VM_guest_metrics")
@@ -217,12 +314,15 @@ class VmOperations:
             guest_metrics=metrics,
             resident_on=self._pool.master,
             domid=self._pool.next_domid(),
+            last_boot_CPU_flags={"vendor": "GenuineIntel", "features": "1fc3fbff-f7fa3223"},
+            last_booted_record=f"('struct' ('uuid' '{record['uuid']}'))",
         )
         self._pool.boot(vm)
 
     def halt(self, vm: str) -> None:
+        """Off, also from suspended: the memory image goes."""
         record = self._store.get("VM", vm)
-        if not is_null(record["suspend_VDI"]) and not record["is_a_snapshot"]:
+        if self._store.find("VDI", record["suspend_VDI"]):
             self._pool.disks.forget(record["suspend_VDI"])
         self._set_power(vm, "Halted", resident_on=NULL, domid=-1, suspend_VDI=NULL)
 
@@ -268,9 +368,3 @@ class VmOperations:
                 if self._store.find(kind, ref):
                     self._store.destroy(kind, ref)
         self._store.destroy("VM", vm)
-
-    def free_devices(self, vm: str, refs_field: str, count: int) -> list[str]:
-        """Device numbers that no drive or network of the VM uses."""
-        kind, name = ("VBD", "userdevice") if refs_field == "VBDs" else ("VIF", "device")
-        taken = {self._store.get(kind, ref)[name] for ref in self._store.get("VM", vm)[refs_field]}
-        return [str(number) for number in range(count) if str(number) not in taken]

@@ -18,6 +18,7 @@ import trio
 from proxy.disks.disk import RandomAccess, length_of, read_in_order
 from proxy.errors import ProxyError, Unreachable, XapiError
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, STORED_BLOCK
+from proxy.runtime.background import background
 from proxy.xapi.nbd_dial import NO_NBD, Dialer, NbdInfo
 from proxy.xapi.nbd_link import NbdLink, Read
 from proxy.xapi.shapes import is_list, is_map
@@ -232,17 +233,12 @@ async def connect_nbd(
         retry_delays=retry_delays,
         refresh=refresh,
     )
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        try:
+    try:
+        async with background() as nursery:
             await export.open(nursery, connections)
             yield export
-        except Exception as error:  # noqa: BLE001  raised below: the nursery would wrap it
-            failure = error
-        nursery.cancel_scope.cancel()
-    export.close()
-    if failure is not None:
-        raise failure
+    finally:
+        export.close()
 
 
 async def nbd_candidates(xapi: Xapi, vdi_ref: str) -> list[NbdInfo]:

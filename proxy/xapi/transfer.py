@@ -39,7 +39,6 @@ EARLY_SECONDS: Final = 20.0
 """How long an upload waits for the answer to its head before it sends its body all the same."""
 UNDO_SECONDS: Final = 300.0
 _REDIRECTS: Final = 10
-_PIECE: Final = 1024 * 1024
 
 
 class Download:
@@ -114,7 +113,7 @@ class Upload:
         try:
             with inactivity(f"{self._name}: data", self._xapi.options.inactivity_timeout) as alive:
                 while offset < len(view):
-                    count = await self._connection.send_some(view[offset : offset + _PIECE])
+                    count = await self._connection.send_some(view[offset:])
                     alive.touch()
                     offset += count
                     self.sent += count

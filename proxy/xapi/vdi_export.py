@@ -173,10 +173,10 @@ class _Ladder:
 
     async def _format(self) -> Literal["vhd", "qcow2"]:
         """What the disk is made of: XAPI converts neither."""
-        found = (self._vdi.get("sm_config") or {}).get("image-format")
+        found = _image_format(self._vdi)
         if found is None and vms.is_ref(self._vdi.get("snapshot_of")):
             live = await vms.record_or_none(self._xapi, "VDI", self._vdi["snapshot_of"])
-            found = ((live or {}).get("sm_config") or {}).get("image-format")
+            found = None if live is None else _image_format(live)
         if found in ("vhd", "qcow2"):
             return "qcow2" if found == "qcow2" else "vhd"
         if found is not None:
@@ -187,3 +187,8 @@ class _Ladder:
 
     def _down(self, way: str, error: ProxyError) -> None:
         self._steps.append(StepDown(way, error.code, error.message))
+
+
+def _image_format(vdi: dict[str, Any]) -> str | None:
+    config: dict[str, str] = vdi.get("sm_config") or {}
+    return config.get("image-format")

@@ -152,7 +152,7 @@ async def _takes_qcow2(xapi: Xapi, sr_ref: str) -> bool:
     refs = [ref for ref in (await xapi.record("SR", sr_ref)).get("PBDs", []) if vms.is_ref(ref)]
     if not refs:
         return True
-    config = (await xapi.record("PBD", refs[0])).get("device_config") or {}
+    config: dict[str, str] = (await xapi.record("PBD", refs[0])).get("device_config") or {}
     preferred = config.get("preferred-image-formats")
     return preferred is None or "qcow2" in preferred
 

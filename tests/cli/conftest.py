@@ -1,4 +1,4 @@
-"""A server of our own that answers given bytes, and the program that asks it."""
+"""A server of our own that answers recorded bytes, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Stub:
     status: int = 200
     kind: str = JSON
     body: bytes = b'{"id":0,"jsonrpc":"2.0","result":true}'
+    bodies: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """By method, instead of ``body``."""
     asked: list[tuple[dict[str, str], Any]] = field(default_factory=list)
 
 
@@ -37,12 +39,14 @@ def stub() -> Iterator[Stub]:
         def do_POST(self) -> None:
             length = int(self.headers["content-length"])
             headers = {name.lower(): value for name, value in self.headers.items()}
-            state.asked.append((headers, json.loads(self.rfile.read(length))))
+            call = json.loads(self.rfile.read(length))
+            state.asked.append((headers, call))
+            body = state.bodies.get(call["method"], state.body)
             self.send_response(state.status)
             self.send_header("content-type", state.kind)
-            self.send_header("content-length", str(len(state.body)))
+            self.send_header("content-length", str(len(body)))
             self.end_headers()
-            self.wfile.write(state.body)
+            self.wfile.write(body)
 
         def log_message(self, *args: Any) -> None:
             pass

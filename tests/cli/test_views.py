@@ -45,8 +45,19 @@ def test_a_task_is_outlined_with_its_children() -> None:
     assert outline(TaskView.read(RUN)) == [
         "backup run nightly [x]: canceled 1:02 (by request)",
         "  backup VM web: success 1.5 s",
-        "    transfer: pending",
+        "    transfer: pending 40 %",
         "      warning: slow",
+    ]
+
+
+def test_an_error_stands_where_it_came_from() -> None:
+    full: dict[str, Any] = {"name": "", "error": {"message": "disk full"}}
+    ended: dict[str, Any] = {"start": 0, "end": 1000, "status": "failure"}
+    transfer = {**ended, "id": "t", "data": {**full, "name": "transfer"}}
+    vm = {**ended, "id": "v", "data": {**full, "name": "backup VM"}, "tasks": [transfer]}
+    assert outline(TaskView.read(vm)) == [
+        "backup VM: failure 1.0 s",
+        "  transfer: failure 1.0 s (disk full)",
     ]
 
 

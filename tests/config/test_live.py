@@ -8,7 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from proxy.config import Config, ConfigError, LiveConfig, load
+from proxy.config import Config, ConfigError, load
+from proxy.config.live import LiveConfig
 from proxy.errors import Conflict, Refused
 from proxy.runtime.threads import inline_threads
 

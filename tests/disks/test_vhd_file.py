@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from proxy.disks.chain import Chain
 from proxy.disks.disk import block_pool, length_of
-from proxy.disks.vhd_file import check_table, create_vhd_file, open_vhd_file
+from proxy.disks.vhd_file import create_vhd_file, open_vhd_file
+from proxy.disks.vhd_places import check_table
 from proxy.errors import Conflict, Corrupt, Refused, Unreachable
 from proxy.formats import vhd
 from proxy.remotes.faults import Fail, Gate
@@ -331,7 +332,7 @@ async def test_a_full_disk_leaves_nothing(remote: Faults, tmp_path: Path) -> Non
 async def test_a_read_error_comes_out_and_gives_the_buffers_back(remote: Faults) -> None:
     await store(remote, "a.vhd", {index: content(index) for index in range(5)})
     gone = Unreachable("the server went away", code="ECONNRESET")
-    remote.add("read.read_at", Fail(gone), skip=5)
+    remote.add("read.read_into_at", Fail(gone), skip=2)
     pool = block_pool(4)
     with pytest.raises(Unreachable):
         async with open_vhd_file(remote, "a.vhd") as disk:
@@ -341,7 +342,7 @@ async def test_a_read_error_comes_out_and_gives_the_buffers_back(remote: Faults)
 
 async def test_a_cancelled_reader_gives_the_buffers_back(remote: Faults) -> None:
     await store(remote, "a.vhd", {index: content(index) for index in range(5)})
-    gate = remote.add("read.read_at", Gate(), skip=6)
+    gate = remote.add("read.read_into_at", Gate(), skip=3)
     pool = block_pool(4)
 
     async def reading() -> None:

@@ -43,9 +43,9 @@ class House:
 
     def remote_spec(self, name: str) -> dict[str, Any]:
         """A folder; one whose name starts with ``directories`` keeps disks as directories."""
-        options = {"options": '{"useVhdDirectory":true}'} if name.startswith("directories") else {}
-        url = f"file://{self.root / name}"
-        return self.remotes.setdefault(name, {"id": name, "name": name, "url": url, **options})
+        query = "?useVhdDirectory=true" if name.startswith("directories") else ""
+        url = f"file://{self.root / name}{query}"
+        return self.remotes.setdefault(name, {"id": name, "name": name, "url": url})
 
     def folder(self, name: str = "remote1") -> Path:
         return self.root / name

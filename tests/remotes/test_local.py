@@ -47,12 +47,24 @@ def outside(tmp_path: Path) -> Path:
     return place
 
 
-async def test_a_link_is_not_followed_by_anything(local: Remote, root: Path, outside: Path) -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+async def test_a_link_is_not_followed_by_anything(
+    local: Remote, root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch, *, kernel: bool
+) -> None:
+    """With a kernel that finds a path without links in one step, and without."""
+    if not kernel:
+        monkeypatch.setattr(posix, "open_beneath", lambda *_: None)
+    (root / "deep/er").mkdir(parents=True)
+    (root / "deep/er/dir").symlink_to(outside)
+    (root / "deep/loop").symlink_to(root / "deep/er")
     (root / "dir").symlink_to(outside)
     (root / "file").symlink_to(outside / "shadow")
     for call in (
         local.read_file("file"),
         local.read_file("dir/shadow"),
+        local.read_file("deep/er/dir/shadow"),
+        local.list("deep/loop"),
+        local.mktree("deep/loop/new"),
         local.write_file("dir/new", b""),
         local.list("dir"),
         local.unlink("dir/shadow"),

@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
-from proxy.errors import Busy, Refused, Unreachable
+from proxy.errors import Busy, Corrupt, Refused, Unreachable
 from proxy.remotes import lock as lock_module
+from proxy.remotes.faults import Fail, Faults
 from proxy.remotes.lock import DirectoryLock
+from proxy.runtime import trouble
 from proxy.runtime.threads import inline_threads
 from tests.remotes.conftest import opened, tree
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.virtual_clock
@@ -291,4 +299,148 @@ async def test_refreshes_may_fail_until_the_lock_could_be_stale(
                 outcome = error.message
     assert trio.current_time() == (30 if survives else 9)
     assert ("could not be refreshed: no answer" in outcome) is not survives
+    assert tree(root) == ["xo-vm-backups", PATH]
+
+
+# -- the next run
+
+
+@pytest.fixture
+def told() -> Iterator[list[dict[str, Any]]]:
+    """What is told of undos that failed."""
+    heard: list[dict[str, Any]] = []
+    token = trouble.listener.set(lambda message, data: heard.append({"message": message, **data}))
+    yield heard
+    trouble.listener.reset(token)
+
+
+async def locked_at_once(remote: Any) -> None:
+    start = trio.current_time()
+    async with remote.lock(PATH, owner="next"):
+        assert trio.current_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Corrupt("a block is not what its header says"),
+        Unreachable("the transfer broke off", code="ECONNRESET"),
+        Busy("the disk is in use", code="VDI_IN_USE"),
+        BaseExceptionGroup("several", [Unreachable("one"), RuntimeError("two")]),
+        KeyboardInterrupt(),
+    ],
+)
+async def test_the_run_after_a_failed_transfer_gets_the_lock(
+    root: Path, error: BaseException
+) -> None:
+    """With upstream it fails with ELOCKED."""
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            with pytest.raises(type(error)) as caught:
+                async with remote.lock(PATH, owner="run"):
+                    raise error
+            assert caught.value is error
+            await locked_at_once(remote)
+    assert tree(root) == ["xo-vm-backups", PATH]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", ["lock.acquire", "lock.held", "lock.check", "lock.release"])
+async def test_the_run_after_an_error_of_any_step_gets_the_lock(
+    root: Path, step: str, *, after: bool
+) -> None:
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            faults = Faults(remote)
+            faults.add(step, Fail(Unreachable("no answer"), after=after))
+            with pytest.raises(Unreachable, match="no answer"):
+                async with faults.lock(PATH, owner="run") as lock:
+                    await lock.check()
+            assert faults.unused == []
+            await locked_at_once(remote)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_failed_release_is_told_and_stops_no_run_of_ours(
+    root: Path,
+    placed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: list[dict[str, Any]],
+    *,
+    fails: bool,
+) -> None:
+    rmdir = os.rmdir
+    left = 1
+
+    def broken(name: str, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rmdir(name, **options)
+
+    monkeypatch.setattr(os, "rmdir", broken)
+    before = sorted(entry.name for entry in os.scandir("/proc/self/fd"))
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            ending = pytest.raises(Corrupt, match="own") if fails else contextlib.nullcontext()
+            with ending:
+                async with remote.lock(PATH, owner="run"):
+                    if fails:
+                        raise Corrupt("the body's own")
+            assert placed.is_dir()
+            assert [(one["message"], one["path"]) for one in told] == [("lock not released", PATH)]
+            assert "EIO" in told[0]["error"]
+            await locked_at_once(remote)
+    assert sorted(entry.name for entry in os.scandir("/proc/self/fd")) == before
+    assert tree(root) == ["xo-vm-backups", PATH]
+
+
+HOLDER = """
+import sys, trio
+from proxy.remotes.local import LocalRemote
+
+async def main():
+    remote = await LocalRemote.open(sys.argv[1], url="file:///")
+    async with remote.lock(sys.argv[2], owner="killed"):
+        print("held", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.fixture
+def killed(root: Path, placed: Path) -> Path:
+    """The lock of a process that was killed while it held it."""
+    command = [sys.executable, "-c", HOLDER, str(root), PATH]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        process.send_signal(signal.SIGKILL)
+    return placed
+
+
+async def test_the_lock_of_a_killed_process_of_this_machine_is_taken_at_once(
+    root: Path, killed: Path
+) -> None:
+    assert killed.is_dir()
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            await locked_at_once(remote)
+    assert tree(root) == ["xo-vm-backups", PATH]
+
+
+@pytest.mark.parametrize(("age", "wait"), [(0, 11), (12, 0)])
+async def test_the_lock_of_a_killed_process_elsewhere_is_taken_when_stale(
+    root: Path, killed: Path, age: int, wait: float
+) -> None:
+    """What its record says means nothing on another machine."""
+    (root / "xo-vm-backups/.vm.lock-holder").unlink()
+    os.utime(killed, (time.time() - age,) * 2)
+    with inline_threads():
+        async with opened(f"file://{root}") as remote:
+            start = trio.current_time()
+            async with remote.lock(PATH, owner="next", wait=wait):
+                assert 10 <= trio.current_time() - start < 12
     assert tree(root) == ["xo-vm-backups", PATH]

@@ -274,14 +274,15 @@ async def test_on_an_immutable_remote_metadata_stays(tmp_path: Path) -> None:
     await remote.aclose()
 
 
-async def test_delta_backups_are_not_touched(remote: Remote, vm_dir: Path) -> None:
+async def test_delta_metadata_that_names_no_disk_protects_all(remote: Remote, vm_dir: Path) -> None:
     await write_full(remote)
-    disk = vm_dir / "vdis" / "job" / "vdi" / ".1795485541901.x.vhd"
+    disk = vm_dir / "vdis" / "job" / "vdi" / f".1795485541901.{OTHER}.vhd"
     disk.parent.mkdir(parents=True)
     disk.write_bytes(b"x")
     place(vm_dir, f"{OTHER}.json", b'{"mode":"delta","vm":{},"vhds":{"a":"vdis/none"}}')
     assert [message for message, _ in await clean(remote, min_age=0)] == [
-        "unexpected number of entries in backup cache"
+        "unexpected number of entries in backup cache",
+        "disk check error",
     ]
     assert names(vm_dir) == WHOLE | {"vdis", f"{OTHER}.json"}
     assert disk.exists()

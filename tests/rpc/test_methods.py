@@ -356,3 +356,36 @@ async def test_a_remote_that_vanished_does_not_ping(server: Server) -> None:
     server.services.open_remote = open_already
     error = await error_of(server, "remote.ping", {"remote": {"url": "nfs://host:/share"}})
     assert error["data"]["code"] == "ESTALE"
+
+
+async def test_a_remote_that_fails_hides_no_other_in_a_listing(
+    with_remotes: Server, tmp_path: Path
+) -> None:
+    """Absent is how XO knows it; a VM that was asked for is there even without backups."""
+    good = {"url": f"file://{tmp_path}/good"}
+    bad = {"url": f"file://{tmp_path}/file/x"}
+    (tmp_path / "file").touch()
+    params: dict[str, Any] = {"remotes": {"bad": bad, "good": good}}
+    assert await result_of(with_remotes, "backup.listVmBackups", params) == {"good": {}}
+    params["vmId"] = "b3a9b4d4-7a3b-4c8e-9f0e-9a6c2f6f1d11"
+    found = await result_of(with_remotes, "backup.listVmBackups", params)
+    assert found == {"good": {params["vmId"]: []}}
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("backup.listVmBackups", {"vmId": "../../etc"}),
+        ("backup.deleteVmBackup", {"filename": "/xo-vm-backups/../../etc/passwd"}),
+        ("backup.deleteVmBackups", {"filenames": ["/etc/20260101T000000Z.json"]}),
+        ("remote.ping", {"remote": {"url": "file:///tmp/../etc"}}),
+        ("remote.getInfo", {"remote": {"url": "file:///tmp/../etc"}}),
+    ],
+)
+async def test_a_path_that_leads_elsewhere_is_refused(
+    method: str, params: dict[str, Any], with_remotes: Server, tmp_path: Path
+) -> None:
+    remote = {"url": f"file://{tmp_path}/remote"}
+    where = {"remotes": {"r": remote}} if method == "backup.listVmBackups" else {"remote": remote}
+    error = await error_of(with_remotes, method, {**where, **params})
+    assert (error["code"], error["data"]["code"]) == (-32000, "EINVAL")

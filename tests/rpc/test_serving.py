@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import socket
 import ssl
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +17,7 @@ import trio.lowlevel
 from proxy.errors import Conflict
 from proxy.rpc import Address, Binary, Context, Registry, open_listeners
 from proxy.rpc.methods.system import Nothing
+from proxy.rpc.serving import allow_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -129,6 +133,67 @@ async def test_a_chunked_body_beyond_the_limit_is_refused(start: Start, settings
             await stream.send_all(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             await stream.send_all(b"400\r\n" + b" " * 1024 + b"\r\n400\r\n" + b" " * 1024 + b"\r\n")
             assert (await ended(stream)).startswith(b"HTTP/1.1 413")
+
+
+async def test_large_bodies_together_are_bounded(start: Start, settings: Any) -> None:
+    """Promise I9: many clients at once cost no more than two of the largest bodies."""
+    async with start(settings=settings(max_body_size=1000)) as server:
+        pieces = b"384\r\n" + b" " * 900 + b"\r\n1\r\n \r\n"
+        async with contextlib.AsyncExitStack() as open_ones:
+            answers = []
+            for _ in range(3):
+                stream = await open_ones.enter_async_context(await server.raw())
+                await stream.send_all(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + pieces)
+                answers.append(stream)
+            assert (await ended(answers[-1])).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+            for stream in answers[:2]:
+                await stream.send_all(b"0\r\n\r\n")
+                assert b"invalid JSON" in await stream.receive_some(4096)
+        assert (await server.call("system.getServerVersion")).status == 200
+
+
+async def test_the_body_is_let_go_before_the_call_ends(start: Start) -> None:
+    """A run's stream lasts for hours, and XO sends its whole configuration with some."""
+    held: list[int] = []
+    methods = Registry()
+
+    @methods.method("test.hold", Nothing)
+    async def hold(_context: Context, _: Nothing) -> None:  # pyright: ignore[reportUnusedFunction]
+        await trio.lowlevel.checkpoint()
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    call = b'{"id":0,"jsonrpc":"2.0","method":"test.hold"}'
+    size = 4_000_000
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % size + call.rjust(size)
+    async with start(methods) as server:
+        stream = await server.raw()
+        async with stream:
+            tracemalloc.start()
+            try:
+                await stream.send_all(request)
+                assert b'"result":true' in await stream.receive_some(4096)
+            finally:
+                tracemalloc.stop()
+    assert held[0] < size / 2
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status_line"),
+    [
+        (b"POST /api/v1 HTTP/1.1", b"HTTP/1.1 401 Unauthorized"),
+        (b"GET /api/v1 HTTP/1.1", b"HTTP/1.1 405 Method Not Allowed"),
+        (b"GET / HTTP/1.1", b"HTTP/1.1 404 Not Found"),
+        (b"nonsense", b"HTTP/1.1 400 Bad Request"),
+    ],
+)
+async def test_a_status_has_its_phrase(
+    server: Server, request_line: bytes, status_line: bytes
+) -> None:
+    """It is all that XO shows of an answer that is not 200."""
+    stream = await server.raw()
+    async with stream:
+        await stream.send_all(request_line + b"\r\nHost: proxy\r\nContent-Length: 0\r\n\r\n")
+        assert (await stream.receive_some(4096)).startswith(status_line + b"\r\n")
 
 
 async def test_401_comes_before_the_body_is_read(start: Start, settings: Any) -> None:
@@ -315,6 +380,26 @@ async def test_connections_beyond_the_limit_are_closed(start: Start, settings: A
         await streams.pop().aclose()
         await trio.sleep(0.05)
         assert (await server.call("system.getServerVersion")).status == 200
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_clients_leave_files_to_backups(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise I9: with the 1,024 open files of a shell, idle clients would take them all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        assert allow_descriptors() == min(hard, 65_536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setattr("proxy.rpc.serving.allow_descriptors", lambda: 4)
+    async with start() as server:
+        streams = [await server.raw() for _ in range(2)]
+        await trio.sleep(0.05)
+        async with await server.raw() as third:
+            assert await ended(third) == b""
         for stream in streams:
             await stream.aclose()
 

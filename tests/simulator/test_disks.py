@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -129,3 +130,20 @@ def test_a_pool_mutates_a_share() -> None:
     assert pool.mutate(uuid, 0.0, seed=3) == pool.mutate(uuid, 0.0, seed=3)
     assert pool.mutate(uuid, 1.0) == list(range(20))
     assert pool.mutate(uuid, []) == []
+
+
+@pytest.mark.virtual_clock
+async def test_guests_that_write() -> None:
+    from proxy.simulator.standalone import churn
+
+    pool = SimulatedPool.small(disk_size=10 * BLOCK)
+    pool.add_generated(range(2, 3), disks=1, size=10 * BLOCK, running=False)
+    live, halted = (pool.disk_uuids(pool.vm(name))[0] for name in ("vm1", "vm2"))
+    before = pool.digest(live), pool.digest(halted)
+    with trio.move_on_after(59):
+        await churn(pool, 0.2, 60)
+    assert (pool.digest(live), pool.digest(halted)) == before
+    with trio.move_on_after(61):
+        await churn(pool, 0.2, 60)
+    assert pool.digest(live) != before[0]
+    assert pool.digest(halted) == before[1]

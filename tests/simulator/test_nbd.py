@@ -9,10 +9,11 @@ from subprocess import CompletedProcess
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 import trio
 
-from proxy.simulator import SimulatedPool
+from proxy.simulator import SimulatedPool, SimulatorOptions, run_standalone
 from proxy.simulator.certificate import certificate_pem
 from tests.simulator.conftest import Client, Failure
 
@@ -34,7 +35,9 @@ async def uri(client: Client, vdi: str, **options: str) -> str:
 
 
 def disk(pool: SimulatedPool) -> tuple[str, str]:
-    vdi = pool.vms.disks(pool.vm("vm1"))[0]
+    """Reference and UUID of a disk of a new snapshot."""
+    vdi = pool.vms.disks(pool.do("VM.snapshot", pool.vm("vm1"), "s"))[0]
+    pool.mark()
     return vdi, str(pool.store.get("VDI", vdi)["uuid"])
 
 
@@ -57,8 +60,8 @@ def security(request: Any, pool: SimulatedPool, tmp_path: Path) -> dict[str, str
 async def test_libnbd_reads_the_disk(
     client: Client, pool: SimulatedPool, security: dict[str, str], tmp_path: Path
 ) -> None:
+    pool.write(pool.disk_uuids(pool.vm("vm1"))[0], 2 * MiB, bytes(MiB))
     vdi, uuid = disk(pool)
-    pool.write(uuid, 2 * MiB, bytes(MiB))
     address = await uri(client, vdi, **security)
     told = await run("nbdinfo", "--json", address)
     assert told.returncode == 0, told.stderr
@@ -90,6 +93,8 @@ async def test_who_may_not_read(client: Client, pool: SimulatedPool) -> None:
     address = await uri(client, vdi)
     other = address.replace(uuid, "00000000-0000-0000-0000-000000000000")
     assert (await run("nbdinfo", other)).returncode == 1
+    running = await uri(client, pool.vms.disks(pool.vm("vm1"))[0])
+    assert (await run("nbdinfo", running)).returncode == 1
     assert (await run("nbdinfo", address)).returncode == 0
     pool.sessions.expire_all()
     assert (await run("nbdinfo", address)).returncode == 1
@@ -100,12 +105,21 @@ async def test_who_may_not_read(client: Client, pool: SimulatedPool) -> None:
     await until_clean(pool)
 
 
+async def test_no_disk_of_a_running_vm_is_served(client: Client, pool: SimulatedPool) -> None:
+    pool.enable_nbd("insecure_nbd")
+    address = await uri(client, pool.vms.disks(pool.vm("vm1"))[0])
+    assert (await run("nbdinfo", address)).returncode == 1
+    await until_clean(pool)
+
+
 async def test_no_disk_without_data_is_served(client: Client, pool: SimulatedPool) -> None:
     pool.enable_nbd("insecure_nbd")
-    vdi, _ = disk(pool)
-    await client.call("VDI.enable_cbt", vdi)
-    snapshot = pool.vms.disks(await client.call("VM.snapshot", pool.vm("vm1"), "s"))[0]
+    live = pool.vms.disks(pool.vm("vm1"))[0]
+    await client.call("VDI.enable_cbt", live)
+    snapshot, _ = disk(pool)
     address = await uri(client, snapshot)
+    for vbd in await client.call("VDI.get_VBDs", snapshot):
+        await client.call("VM.destroy", await client.call("VBD.get_VM", vbd))
     await client.call("VDI.data_destroy", snapshot)
     with pytest.raises(Failure) as caught:
         await client.call("VDI.get_nbd_info", snapshot)
@@ -181,3 +195,16 @@ async def test_at_most_sixteen_connections(client: Client, pool: SimulatedPool) 
     for stream in [*streams, one_more]:
         await stream.aclose()
     await until_clean(pool)
+
+
+async def test_the_program_serves_nbd() -> None:
+    options = SimulatorOptions(nbd="insecure_nbd", running=False, disk_size=MiB)
+    async with trio.open_nursery() as nursery:
+        told = await nursery.start(run_standalone, options)
+        async with httpx.AsyncClient(timeout=10) as http:
+            client = Client(told["url"], http)
+            await client.login()
+            vdi = await client.call("VDI.get_by_uuid", told["vms"][0]["vdis"][0])
+            size = await run("nbdinfo", "--size", await uri(client, vdi))
+        nursery.cancel_scope.cancel()
+    assert int(size.stdout) == MiB

@@ -241,12 +241,15 @@ async def test_changed_blocks(client: Client, pool: SimulatedPool) -> None:
     untracked = pool.vms.disks(await client.call("VM.snapshot", vm, "untracked"))[0]
     for disk in pool.vms.disks(vm):
         await client.call("VDI.enable_cbt", disk)
-    base = pool.vms.disks(await client.call("VM.snapshot", vm, "base"))[0]
+    frozen = await client.call("VM.snapshot", vm, "base")
+    base = pool.vms.disks(frozen)[0]
     pool.write(uuid, 2 << 20, b"x")
     new = pool.vms.disks(await client.call("VM.snapshot", vm, "new"))[0]
     bitmap = base64.b64decode(await client.call("VDI.list_changed_blocks", base, new))
     assert bitmap == bytes(4) + b"\xff\xff"
 
+    assert await fails(client, "VDI.data_destroy", base) == ["VDI_IN_USE", base, "data_destroy"]
+    await client.call("VM.destroy", frozen)
     await client.call("VDI.data_destroy", base)  # what changed since is known all the same
     assert base64.b64decode(await client.call("VDI.list_changed_blocks", base, new)) == bitmap
     method = "VDI.list_changed_blocks"

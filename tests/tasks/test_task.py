@@ -143,6 +143,24 @@ async def test_cancel_of_the_root_runs_the_undo_then_ends(tasks: Tasks) -> None:
     assert (snapshot["status"], snapshot["tasks"][0]["status"]) == ("canceled", "canceled")
 
 
+async def test_a_subtask_begun_after_the_cancel_tells_its_reason(tasks: Tasks) -> None:
+    """Such as the task of a VM that was still in the queue."""
+
+    async def work(root: Task) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            async with root.child("backup VM"):
+                await trio.lowlevel.checkpoint()
+
+    root = tasks.start("backup run", {}, work)
+    await trio.testing.wait_all_tasks_blocked()
+    root.cancel("the daemon stops")
+    await records(tasks, root)
+    snapshot = json.loads(root.snapshot())
+    assert snapshot["tasks"][0]["data"]["error"]["message"] == "the daemon stops"
+
+
 async def test_one_subtask_is_cancelled_alone_and_its_siblings_go_on(tasks: Tasks) -> None:
     go_on = trio.Event()
     vms: dict[str, Task] = {}

@@ -92,6 +92,7 @@ async def test_a_refused_connection_is_told_at_once() -> None:
     error = await failed(XapiOptions(f"http://127.0.0.1:{port}", "root", "the-password"))
     assert isinstance(error, Unreachable)
     assert error.code == "ECONNREFUSED"
+    assert error.message == f"ECONNREFUSED: 127.0.0.1:{port}: connection refused"
 
 
 async def test_an_unresolvable_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,13 @@ from msgspec import UNSET, Meta, UnsetType
 from proxy.errors import ProxyError, Refused
 from proxy.jobs.requests import BackupRequest, RestoreRequest
 from proxy.jobs.verify_run import VerifyRequest
-from proxy.repository import delete_backups, format_listing, list_all, list_vm_backups
+from proxy.repository import (
+    delete_backups,
+    format_listing,
+    list_all,
+    list_vm_backups,
+    vm_directory,
+)
 from proxy.rpc.registry import Params, Registry
 
 if TYPE_CHECKING:
@@ -134,6 +140,8 @@ class ListVmBackups(Params):
 async def list_backups(
     context: Context, params: ListVmBackups
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    if params.vm_id is not UNSET:
+        vm_directory(params.vm_id)  # a wrong id is the caller's mistake and no remote's trouble
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     async def one(remote_id: str, spec: Mapping[str, Any]) -> None:

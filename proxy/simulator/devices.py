@@ -1,0 +1,175 @@
+"""What hangs on VMs: drives, networks, TPMs, USB devices, with the checks that xapi makes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from proxy.errors import XapiError
+from proxy.simulator.records import NULL, is_null
+
+if TYPE_CHECKING:
+    from proxy.simulator.pool import SimulatedPool
+    from proxy.simulator.store import Record
+
+Kind = Literal["VBD", "VIF"]
+_NUMBERS = {"VBD": 255, "VIF": 16}
+_LINUX_NAME = re.compile(r"(?:xvd|hd|sd)([a-z]{1,2})\Z")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.IGNORECASE)
+_WITHOUT_DATA = ("cbt_metadata", "ha_statefile", "redo_log")
+"""Types of disks that no drive may have."""
+
+
+class Devices:
+    """The effects of ``VBD.*``, ``VIF.*``, ``VTPM.*`` and ``VUSB.*`` calls."""
+
+    def __init__(self, pool: SimulatedPool) -> None:
+        self._pool = pool
+        self._store = pool.store
+
+    def free(self, vm: str, kind: Kind) -> list[str]:
+        """Device numbers that no drive or network of the VM uses."""
+        taken: set[int | None] = set()
+        for ref in self._store.get("VM", vm)[f"{kind}s"]:
+            record = self._store.get(kind, ref)
+            taken |= {_number(record["device"]), _number(record.get("userdevice", ""))}
+        return [str(number) for number in range(_NUMBERS[kind]) if number not in taken]
+
+    # Drives
+
+    def create_vbd(self, record: Record) -> str:
+        """A drive; on a suspended VM it may be attached, as the memory image knows it."""
+        fields: Record = {"type": "Disk", "mode": "RW", "empty": False, **record}
+        vm = self._store.get("VM", fields.get("VM"))
+        self._check_disk(fields)
+        free = self.free(fields["VM"], "VBD")
+        device = str(fields.get("userdevice") or "autodetect")
+        if device == "autodetect":
+            device = free[0]
+        number = _number(device)
+        if number is None or number >= _NUMBERS["VBD"]:
+            raise XapiError("INVALID_DEVICE", [device])
+        if str(number) not in free:
+            raise XapiError("DEVICE_ALREADY_EXISTS", [device])
+        fields["userdevice"] = device
+        if vm["power_state"] != "Suspended":
+            fields.update(device="", currently_attached=False)
+        for computed in ("uuid", "current_operations", "allowed_operations", "metrics"):
+            fields.pop(computed, None)
+        return self._store.create("VBD", **fields)
+
+    def _check_disk(self, fields: Record) -> None:
+        if fields["empty"]:
+            fields["VDI"] = NULL
+            if fields["type"] != "CD":
+                raise XapiError("VBD_NOT_REMOVABLE_MEDIA", ["in constructor"])
+        else:
+            disk = self._store.get("VDI", fields.get("VDI"))
+            if disk["type"] in _WITHOUT_DATA:
+                raise XapiError("VDI_INCOMPATIBLE_TYPE", [fields["VDI"], disk["type"]])
+            if fields["mode"] == "RW" and fields["type"] != "CD" and disk["read_only"]:
+                raise XapiError("VDI_READONLY", [fields["VDI"]])
+        if fields["type"] == "CD" and fields["mode"] != "RO":
+            raise XapiError("VBD_CDS_MUST_BE_READONLY")
+
+    def plug_vbd(self, vbd: str) -> None:
+        drive = self._store.get("VBD", vbd)
+        self._check_running(drive["VM"])
+        if drive["currently_attached"]:
+            raise XapiError("DEVICE_ALREADY_ATTACHED", [vbd])
+        if not is_null(drive["VDI"]):
+            self._pool.disks.check_free(drive["VDI"], write=drive["mode"] == "RW")
+        number = _number(drive["userdevice"]) or 0
+        name = f"xvd{chr(ord('a') + number % 26)}"
+        self._store.update("VBD", vbd, currently_attached=True, device=name)
+
+    def unplug_vbd(self, vbd: str) -> None:
+        drive = self._store.get("VBD", vbd)
+        if not drive["unpluggable"]:
+            raise XapiError("VBD_NOT_UNPLUGGABLE", [vbd])
+        self._check_running(drive["VM"])
+        if not drive["currently_attached"]:
+            raise XapiError("DEVICE_ALREADY_DETACHED", [vbd])
+        self._store.update("VBD", vbd, currently_attached=False)
+
+    def destroy(self, kind: Kind, ref: str) -> None:
+        """Remove a drive or a network that is not attached."""
+        record = self._store.get(kind, ref)
+        if record["currently_attached"]:
+            vm = self._store.get("VM", record["VM"])["uuid"]
+            raise XapiError(
+                "OPERATION_NOT_ALLOWED", [f"{kind} '{record['uuid']}' still attached to '{vm}'"]
+            )
+        self._store.destroy(kind, ref)
+
+    # Networks
+
+    def create_vif(self, record: Record) -> str:
+        fields = dict(record)
+        vm = self._store.get("VM", fields.get("VM"))
+        self._store.get("network", fields.get("network"))
+        device = str(fields.get("device", ""))
+        if not device.isdecimal():
+            raise XapiError("INVALID_DEVICE", [device])
+        if not fields.get("MAC"):
+            fields.update(MAC=self._store.new_mac(), MAC_autogenerated=True)
+        elif not _MAC.match(str(fields["MAC"])):
+            raise XapiError("MAC_INVALID", [str(fields["MAC"])])
+        if device not in self.free(fields["VM"], "VIF"):
+            raise XapiError("DEVICE_ALREADY_EXISTS", [device])
+        if vm["power_state"] != "Suspended":
+            fields["currently_attached"] = False
+        for computed in ("uuid", "current_operations", "allowed_operations", "metrics"):
+            fields.pop(computed, None)
+        return self._store.create("VIF", **fields)
+
+    def plug_vif(self, vif: str, *, attached: bool = True) -> None:
+        record = self._store.get("VIF", vif)
+        self._check_running(record["VM"])
+        if record["currently_attached"] == attached:
+            done = "DEVICE_ALREADY_ATTACHED" if attached else "DEVICE_ALREADY_DETACHED"
+            raise XapiError(done, [vif])
+        self._store.update("VIF", vif, currently_attached=attached)
+
+    # Others
+
+    def create_vtpm(self, vm: str, *, is_unique: bool) -> str:
+        record = self._store.get("VM", vm)
+        restrictions = self._store.get("pool", self._pool.ref)["restrictions"]
+        if restrictions.get("restrict_vtpm") != "false":
+            raise XapiError("FEATURE_RESTRICTED", ["restrict_vtpm"])
+        if record["VTPMs"]:
+            raise XapiError("VTPM_MAX_AMOUNT_REACHED", [str(len(record["VTPMs"]))])
+        self.check_power(vm, "Halted")
+        return self._store.create("VTPM", VM=vm, is_unique=is_unique)
+
+    def destroy_vtpm(self, vtpm: str) -> None:
+        self.check_power(self._store.get("VTPM", vtpm)["VM"], "Halted", "Suspended")
+        self._store.destroy("VTPM", vtpm)
+        self._pool.vtpm_contents.pop(vtpm, None)
+
+    def create_vusb(self, vm: str, group: str, config: dict[str, Any]) -> str:
+        self.check_power(vm, "Halted")
+        return self._store.create("VUSB", VM=vm, USB_group=group, other_config=config)
+
+    def _check_running(self, vm: str) -> None:
+        self.check_power(vm, "Running")
+
+    def check_power(self, vm: str, *expected: str) -> None:
+        """Raise ``XapiError`` ``VM_BAD_POWER_STATE`` unless the VM is in one of the states."""
+        state = self._store.get("VM", vm)["power_state"]
+        if state not in expected:
+            raise XapiError("VM_BAD_POWER_STATE", [vm, ", ".join(expected).lower(), state.lower()])
+
+
+def _number(device: str) -> int | None:
+    """``0``, ``xvda`` or ``hda``: 0; None for what names no device."""
+    if device.isdecimal():
+        return int(device)
+    match = _LINUX_NAME.match(device)
+    if match is None:
+        return None
+    number = 0
+    for letter in match[1]:
+        number = number * 26 + ord(letter) - ord("a") + 1
+    return number - 1
