@@ -153,6 +153,7 @@ class _Attempt:
                 vm_uuid=backup.uuid,
                 job_id=backup.job.id,
                 full_interval=int(backup.settings.full_interval),
+                damage=backup.damage,
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
             await self._prune(include_unfinished=True)

@@ -148,6 +148,21 @@ class Tasks:
         """The log records of a run that :meth:`start` returned, from the first to the last."""
         return task.log.watch()
 
+    # -- notes -------------------------------------------------------------------------------
+
+    async def note(self, kind: str, key: str, value: Any) -> None:
+        """Remember ``value`` (JSON, no secrets) under ``key``; ``None`` forgets it.
+
+        For what the daemon has found out and no task keeps.  Durable as a task is.
+        """
+        encoded = None if value is None else msgspec.json.encode(value)
+        await in_thread(Work.JOURNAL, self._journal.note, kind, key, encoded)
+
+    async def notes(self, kind: str) -> dict[str, Any]:
+        """Everything of this kind that is remembered, by key."""
+        rows = await in_thread(Work.JOURNAL, self._journal.notes, kind)
+        return {key: msgspec.json.decode(value) for key, value in rows}
+
     # -- ending ------------------------------------------------------------------------------
 
     async def cancel(self, task_id: str, reason: str = "canceled by request") -> None:
