@@ -51,6 +51,19 @@ class _Stored(Protocol):
     footer: Footer
 
 
+def _unreadable(
+    damaged: Mapping[str, Damage], folder: str, base_uuid: str, unreadable: Mapping[str, str]
+) -> NoParent:
+    known = damage_in(damaged, folder)
+    if known is not None:
+        return _damaged(known)
+    return NoParent(
+        "UNREADABLE",
+        "no disk of the remote equals the base, and some cannot be read",
+        {"base": base_uuid, "unreadable": dict(unreadable)},
+    )
+
+
 def _damaged(damage: Damage) -> NoParent:
     return NoParent(
         "DAMAGED",
@@ -118,14 +131,7 @@ async def find_parent(
             name=name, path=path, uuid=wanted, compression=compression or Compression.NONE
         )
     if unreadable:
-        known = damage_in(damaged, folder)
-        if known is not None:
-            return _damaged(known)
-        return NoParent(
-            "UNREADABLE",
-            "no disk of the remote equals the base, and some cannot be read",
-            {"base": base_uuid, "unreadable": unreadable},
-        )
+        return _unreadable(damaged, folder, base_uuid, unreadable)
     return NoParent(
         "BASE_NOT_STORED",
         "no disk of the remote equals the base snapshot",

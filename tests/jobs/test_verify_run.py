@@ -14,6 +14,7 @@ import trio
 from proxy.errors import NotFound, Refused, Unreachable
 from proxy.jobs import VerifyRequest
 from proxy.remotes.faults import Fail, Gate
+from proxy.repository import clean_vm, lock_vm
 
 from .conftest import House
 from .test_incremental_backup import (
@@ -98,6 +99,46 @@ async def test_what_a_run_wrote_has_known_checksums(tmp_path: Path, remote: str)
         assert task["data"]["progress"] == 100
         assert task["data"]["result"] == summary
         assert set(house.files(remote)) == house._explained(remote)
+
+
+@pytest.mark.parametrize("remote", KINDS)
+async def test_after_our_merges_everything_is_still_known(tmp_path: Path, remote: str) -> None:
+    async with house_of(tmp_path, disks_per_vm=2) as house:
+        for number in range(5):
+            change(house, number, number + 1)
+            change(house, 0, number + 100)
+            assert (await back_up(house, remote, exportRetention=2)).status == "success"
+        records = await verified(house, remote, level="read")
+        assert statuses(records) == ["ok", "ok"]
+        assert records[-1]["checksums"] == {"match": 4}
+        assert set(house.files(remote)) == house._explained(remote)
+        spoil(some_block(house, remote))
+        assert "damaged" in statuses(await verified(house, remote, level="read"))
+
+
+async def test_damage_is_not_forgotten_when_its_disk_is_merged(tmp_path: Path) -> None:
+    """The key disk is damaged in a block that no delta has: the merge takes it along."""
+    async with house_of(tmp_path) as house:
+        for number in range(2):
+            change(house, number, number + 1)
+            await back_up(house, exportRetention=5)
+        path = some_block(house, "remote1")
+        raw, before = path.read_bytes(), path.stat()
+        end = len(raw) - 600  # of its last block
+        path.write_bytes(raw[:end] + bytes([raw[end] ^ 1]) + raw[end + 1 :])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert statuses(await verified(house, level="read")) == ["damaged", "damaged"]
+        (request, *_) = house.backups()
+        (house.folder() / request.removeprefix("/")).unlink()
+        async with house.services.remote(house.remote_spec("remote1")) as remote:
+            vm = house.pool.vm_uuid("vm1")
+            async with lock_vm(remote, vm, owner="test") as lock:
+                await clean_vm(remote, vm, lock=lock, warn=lambda *_: None, min_age=0, merge=True)
+        assert [len(names) for names in house.chains().values()] == [1]
+        (disk,) = disk_records(await back_up(house, exportRetention=5))
+        assert (disk["got"], disk["reason"]) == ("full", "DAMAGED")
+        # and what was carried along tells the damage of the merged disk
+        assert statuses(await verified(house, level="read")) == ["damaged", "ok"]
 
 
 @pytest.mark.parametrize("remote", KINDS)
@@ -210,7 +251,7 @@ async def test_it_can_be_cancelled_and_a_client_that_leaves_cancels_it(
         for _ in range(2):
             await back_up(house, exportRetention=5)
         async with house.faulty() as faults:
-            gate = faults.add("read.read_at", Gate(), skip=9)
+            gate = faults.add("read.*", Gate(), skip=9)
             run = await house.services.start_verify(
                 VerifyRequest(remote=house.remote_spec("remote1"), level="read")
             )

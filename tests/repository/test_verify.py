@@ -501,7 +501,7 @@ async def test_a_storage_that_fails_is_unreadable_not_damaged(
 ) -> None:
     house = await kept(kind)
     faults = Faults(house.remote)
-    verb = "read.read_at" if kind == "files" else "read_file"
+    verb = "read.*" if kind == "files" else "read_file"
     path = "*/vdis/*.vhd" if kind == "files" else "*/blocks/*"
     faults.add(verb, Fail(Unreachable("EIO: input/output error", code="EIO")), path=path, times=99)
     found = await reports_of(house, level="read", remote=faults)

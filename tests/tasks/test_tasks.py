@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,19 @@ async def test_the_daemons_log_says_why_a_run_failed(tasks: Tasks) -> None:
         ("warning", "it failed", "backup VM db: export r1: 'a fault of ours'"),
     ]
     assert "in one_vm" in lines[1]["traceback"]
+
+
+async def test_notes_outlive_the_daemon_until_they_are_cleared(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    async with trio.open_nursery() as nursery:
+        async with open_tasks(path, nursery) as tasks:
+            await tasks.note("damage", "a", {"x": 1})
+            await tasks.note("damage", "b", [2])
+            await tasks.note("damage", "a", {"x": 3})
+            await tasks.note("other", "a", "4")
+            await tasks.note("damage", "b", None)
+            await tasks.note("damage", "never there", None)
+        async with open_tasks(path, nursery) as tasks:
+            assert await tasks.notes("damage") == {"a": {"x": 3}}
+            assert await tasks.notes("other") == {"a": "4"}
+            assert await tasks.notes("nothing") == {}
