@@ -13,6 +13,7 @@ from proxy.errors import NotFound, ProxyError
 from proxy.formats.vhd_directory import Compression
 from proxy.repository.damage import damage_below, damage_in, evidence_of
 from proxy.repository.paths import disk_directory
+from proxy.repository.qcow2_bases import is_suspect_base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,21 +104,16 @@ async def find_parent(
             continue
         if tip is not None:
             damage = damage_below(damaged, folder, names, tip.members)
-            return _damaged(damage) if damage is not None else _accept(remote, tip, children)
+            if damage is not None:
+                return _damaged(damage)
+            return await _accept(remote, tip, children)
     if not unreadable:
         return NoParent(
             "BASE_NOT_STORED",
             "no disk of the remote equals the base snapshot",
             {"base": base_uuid, "disks": names[:10]},
         )
-    known = damage_in(damaged, folder)
-    if known is not None:
-        return _damaged(known)
-    return NoParent(
-        "UNREADABLE",
-        "no disk of the remote equals the base, and some cannot be read",
-        {"base": base_uuid, "unreadable": unreadable},
-    )
+    return _unreadable(damaged, folder, base_uuid, unreadable)
 
 
 def _is_disk(name: str) -> bool:
@@ -151,7 +147,7 @@ async def _open_tip(
     return _Tip(Parent(name, path, wanted, compression), is_directory, members)
 
 
-def _accept(remote: Remote, tip: _Tip, children: Mapping[str, str]) -> Parent | NoParent:
+async def _accept(remote: Remote, tip: _Tip, children: Mapping[str, str]) -> Parent | NoParent:
     parent = tip.parent
     if parent.name in children:
         # A second child would make the merge of either of them lose the other.
@@ -164,5 +160,11 @@ def _accept(remote: Remote, tip: _Tip, children: Mapping[str, str]) -> Parent | 
         kind = "directories" if remote.use_vhd_directory else "files"
         return NoParent(
             "STORAGE_CHANGED", f"the remote keeps disks as {kind} now", {"path": parent.path}
+        )
+    if await is_suspect_base(remote, parent.path):
+        return NoParent(
+            "QCOW2_SUSPECT",
+            "forcing a full: qcow2 base predates the non-NBD qcow2 fix and looks corrupt",
+            {"parentDestPath": parent.path},
         )
     return parent
