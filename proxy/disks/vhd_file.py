@@ -98,6 +98,8 @@ async def _read(file: FileReader, path: str, *, check_end: bool) -> VhdFile:
     size, end = footer.current_size, file.size
     if check_end:
         end -= vhd.FOOTER_SIZE
+        if end % vhd.SECTOR:  # bytes were lost, or came between
+            raise _corrupt("file size", f"{file.size} bytes are no whole sectors", end)
         if await file.read_at(end, vhd.FOOTER_SIZE) != head[: vhd.FOOTER_SIZE]:
             raise _corrupt("end footer", "the footer at its end is not the one at its start", end)
     table = await _read_table(file, header, vhd.blocks_of(size))

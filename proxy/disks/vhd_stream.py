@@ -111,7 +111,7 @@ class VhdStream:
         stream.refuse_answer(rest, at)
         if len(rest) < vhd.FOOTER_SIZE:
             await stream.raise_cut()
-        if rest != self._raw_footer:
+        if rest != self._raw_footer or at % vhd.SECTOR:
             raise stream.corrupt("end footer", "it does not end with the footer of its start", at)
         await stream.finish()
 
