@@ -165,6 +165,7 @@ async def test_a_pool_of_one_is_enough_and_the_end_needs_none() -> None:
                 block.buffer.release()
         with trio.fail_after(1):
             assert await reader.next() is None  # while the only buffer is held
+        assert block is not None
         block.buffer.release()
 
 

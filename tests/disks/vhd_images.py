@@ -6,6 +6,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+import trio
+
 from proxy.formats import vhd
 from tests.disks.directories import identity
 
@@ -70,12 +72,13 @@ def flat(blocks: Mapping[int, bytes], size: int, under: bytes = b"") -> bytes:
     return bytes(raw)
 
 
-def qemu_reads(path: Path) -> list[str | Path]:
-    """The words that make qemu write ``path``'s content to ``path.raw``.
+async def qemu_reads(path: Path) -> bytes:
+    """The disk as qemu has it.
 
     It believes the geometry of most tools, which rounds a disk up, and refuses a table that
     does not cover that: so it is told to believe the size.
     """
     options = f"driver=vpc,force_size_calc=current_size,file.driver=file,file.filename={path}"
     raw = path.with_suffix(".raw")
-    return ["qemu-img", "convert", "--image-opts", options, "-O", "raw", raw]
+    await trio.run_process(["qemu-img", "convert", "--image-opts", options, "-O", "raw", str(raw)])
+    return raw.read_bytes()

@@ -212,3 +212,10 @@ def test_more_than_a_table_can_place_is_refused() -> None:
     assert caught.value.code == "EFBIG"
     fits = count - 3  # less what the table itself takes
     assert vhd.sequential_table(range(fits), count)[fits - 1] < vhd.UNUSED
+
+
+def test_the_identity_of_a_disk_is_any_uuid() -> None:
+    """Seen on Xen Orchestra: a uuid of an unknown version made it ignore the disk's parent."""
+    odd = UUID("ffffffff-ffff-ffff-ffff-fffffffffff0")
+    footer = vhd.Footer.make(MIB, vhd.DiskType.DYNAMIC, odd, timestamp=1)
+    assert vhd.Footer.parse(footer.pack()).uuid == odd
