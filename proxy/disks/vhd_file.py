@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from proxy.disks.bitmap import settle_bitmap
 from proxy.disks.disk import Blocks, RandomAccess, length_of, naming
-from proxy.disks.vhd_places import check_table, leave_out_misplaced
+from proxy.disks.vhd_places import about_block, check_table, leave_out_misplaced
 from proxy.disks.writing import Announced
 from proxy.errors import Corrupt
 from proxy.formats import vhd
@@ -64,9 +64,9 @@ class VhdFile(RandomAccess):
         # A last block that ends where the disk does is whole too.
         length = length_of(index, self.virtual_size)
         wanted = vhd.BITMAP_SIZE + length
-        with naming(self.path):
+        with naming(self.path), about_block(index, offset):
             if await self._file.read_into_at(offset, into[:wanted]) < wanted:
-                raise _corrupt("block cut", f"block {index} is cut", offset)
+                raise _corrupt("block cut", "the file ends before it does", offset)
             settle_bitmap(into, length, is_differencing=self.is_differencing)
 
 
@@ -98,6 +98,8 @@ async def _read(file: FileReader, path: str, *, check_end: bool) -> VhdFile:
     size, end = footer.current_size, file.size
     if check_end:
         end -= vhd.FOOTER_SIZE
+        if end % vhd.SECTOR:  # bytes were lost, or came between
+            raise _corrupt("file size", f"{file.size} bytes are no whole sectors", end)
         if await file.read_at(end, vhd.FOOTER_SIZE) != head[: vhd.FOOTER_SIZE]:
             raise _corrupt("end footer", "the footer at its end is not the one at its start", end)
     table = await _read_table(file, header, vhd.blocks_of(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from proxy.disks.disk import Blocks, length_of
@@ -41,6 +42,16 @@ def leave_out_misplaced(
     for index in found:
         table[index] = vhd.UNUSED
     return found
+
+
+@contextlib.contextmanager
+def about_block(index: int, offset: int) -> Iterator[None]:
+    """Say of what is corrupt in the block of code which block of the disk it is about."""
+    try:
+        yield
+    except Corrupt as error:
+        data = {**error.data, "block": index, "offset": offset}
+        raise Corrupt(f"block {index}: {error.message}", data=data) from error
 
 
 def _by_place(table: array[int], header: Header) -> list[int]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Final
 from proxy.disks.bitmap import settle_bitmap
 from proxy.disks.disk import Block, Blocks, block_count, length_of
 from proxy.disks.streaming import Exact, read_ahead
-from proxy.disks.vhd_places import check_table
+from proxy.disks.vhd_places import about_block, check_table
 from proxy.disks.writing import Announced, Shape
-from proxy.errors import Corrupt
 from proxy.formats import vhd
 from proxy.runtime.threads import Work, in_thread
 
@@ -91,11 +90,8 @@ class VhdStream:
                 rest = bytes(stored[wanted:count])
         else:
             await self._stream.fill(stored[:wanted])
-        try:
+        with about_block(index, start):
             settle_bitmap(stored, length, is_differencing=self.is_differencing)
-        except Corrupt as error:
-            where = {"block": index, "offset": start}
-            raise Corrupt(f"block {index}: {error.message}", data={**error.data, **where}) from None
         return rest
 
     async def _end(self, rest: bytes) -> None:
@@ -111,7 +107,7 @@ class VhdStream:
         stream.refuse_answer(rest, at)
         if len(rest) < vhd.FOOTER_SIZE:
             await stream.raise_cut()
-        if rest != self._raw_footer:
+        if rest != self._raw_footer or at % vhd.SECTOR:
             raise stream.corrupt("end footer", "it does not end with the footer of its start", at)
         await stream.finish()
 
