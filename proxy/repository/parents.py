@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from uuid import UUID
 
 from proxy.disks.alias import is_alias
@@ -11,10 +11,15 @@ from proxy.disks.opening import open_chain, open_disk
 from proxy.disks.vhd_directory import VhdDirectory
 from proxy.errors import NotFound, ProxyError
 from proxy.formats.vhd_directory import Compression
+from proxy.repository.damage import damage_below, damage_in, evidence_of
 from proxy.repository.paths import disk_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy.formats.vhd import Footer
     from proxy.remotes.interface import Remote
+    from proxy.repository.damage import Damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,35 @@ class NoParent:
     evidence: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+@runtime_checkable
+class _Stored(Protocol):
+    """What every disk of a stored chain is, also one that is being merged."""
+
+    footer: Footer
+
+
+def _damaged(damage: Damage) -> NoParent:
+    return NoParent(
+        "DAMAGED",
+        f"the chain is damaged, a verify found: {damage.message}",
+        evidence_of(damage),
+    )
+
+
 async def find_parent(
-    remote: Remote, vm_uuid: str, job_id: str, disk_uuid: str, base_uuid: str
+    remote: Remote,
+    vm_uuid: str,
+    job_id: str,
+    disk_uuid: str,
+    base_uuid: str,
+    *,
+    damaged: Mapping[str, Damage],
 ) -> Parent | NoParent:
     """Look for the disk whose uuid is ``base_uuid``, newest name first.
 
-    Its whole chain must open, and its kind must be what the remote wants now.  Never raises
-    for what is stored; an error of the storage itself passes through only for the listing.
+    Its whole chain must open and have none of the ``damaged`` disks, and its kind must be what
+    the remote wants now.  Never raises for what is stored; an error of the storage itself
+    passes through only for the listing.
     """
     folder = disk_directory(vm_uuid, job_id, disk_uuid)
     try:
@@ -70,11 +97,15 @@ async def find_parent(
                     continue
                 is_directory = isinstance(disk, VhdDirectory)
                 compression = disk.compression if isinstance(disk, VhdDirectory) else None
-            async with open_chain(remote, path):
-                pass
+            async with open_chain(remote, path) as chain:
+                footers = [each.footer for each in chain.disks if isinstance(each, _Stored)]
+                members = [(footer.uuid, footer.timestamp) for footer in footers]
         except ProxyError as error:
             unreadable[name] = error.message
             continue
+        damage = damage_below(damaged, folder, names, members)
+        if damage is not None:
+            return _damaged(damage)
         if is_directory != remote.use_vhd_directory or is_alias(name) != is_directory:
             return NoParent(
                 "STORAGE_CHANGED",
@@ -87,6 +118,9 @@ async def find_parent(
             name=name, path=path, uuid=wanted, compression=compression or Compression.NONE
         )
     if unreadable:
+        known = damage_in(damaged, folder)
+        if known is not None:
+            return _damaged(known)
         return NoParent(
             "UNREADABLE",
             "no disk of the remote equals the base, and some cannot be read",
