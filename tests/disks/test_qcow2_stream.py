@@ -16,6 +16,7 @@ from proxy.disks.qcow2_stream import open_qcow2_stream, qcow2_length, send_qcow2
 from proxy.errors import Corrupt, Unreachable
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP
 from tests.disks.qcow2_images import (
+    COPIED,
     Source,
     checked,
     flat,
@@ -219,6 +220,21 @@ async def test_a_differencing_stream_over_its_parent(
     stream.parent = parent
     assert await whole(stream, bytes(below)) == flat(size, clusters, bits, bytes(below))
     assert sorted(parent.reads) == sorted(partial & indexes), "a parent's block is read once"
+
+
+async def test_l2_tables_in_any_order() -> None:
+    clusters: dict[int, bytes | None] = {n: filled(n, 4096) for n in [0, 511, 512, 1500]}
+    data = bytearray(image(6 * MIB, clusters, bits=12))
+    l1 = int.from_bytes(data[40:48], "big")
+    first, last = data[l1 : l1 + 8], data[l1 + 16 : l1 + 24]
+    data[l1 : l1 + 8], data[l1 + 16 : l1 + 24] = last, first
+    one, other = (int.from_bytes(entry, "big") & ~COPIED for entry in (first, last))
+    assert other == one + 8192
+    data[one : one + 4096], data[other : other + 4096] = (
+        data[other : other + 4096],
+        data[one : one + 4096],
+    )
+    assert await whole(await opened(bytes(data))) == flat(6 * MIB, clusters, 12)
 
 
 async def test_a_partial_block_without_parent_is_refused() -> None:

@@ -226,6 +226,14 @@ def test_refused_l2_entries(entry: int, version: int, what: str) -> None:
     assert caught.value.data == {"what": what, "offset": CLUSTER + 8}
 
 
+def test_a_row_of_entries_that_starts_at_nothing() -> None:
+    """Rows that follow each other are read at once, but they must follow something."""
+    rows = [CLUSTER * number | COPIED for number in range(64)]
+    with pytest.raises(Corrupt, match="outside") as caught:
+        parse_l2(words(rows), header(), 0, CLUSTER)
+    assert caught.value.data == {"what": "L2 entry", "offset": CLUSTER}
+
+
 def test_l2_entries_that_are_taken() -> None:
     """Flags of use do not matter to a reader, nor do entries behind the disk's end."""
     entries = [DATA, (DATA + CLUSTER) | COPIED, 0, 1, (DATA + 2 * CLUSTER), DATA + CLUSTER]
