@@ -228,7 +228,7 @@ async def test_disks_are_read_so_many_at_once(tmp_path: Path, at_once: int) -> N
         assert len(live(house)) == 3
 
 
-# -- qcow2 -------------------------------------------------------------------------------------------
+# -- qcow2 -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nbd", [False, True])
