@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from proxy.formats.checksums import MOST_BLOCKS, BlockSums, block_digest
 from proxy.jobs.copying import NoConsumers
+from proxy.runtime.background import background
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from proxy.disks.disk import Block, Disk
     from proxy.disks.writing import DiskWriter
@@ -18,10 +21,16 @@ if TYPE_CHECKING:
     from proxy.runtime.buffers import BufferPool
 
 
+_AT_ONCE: Final = 4
+"""Blocks whose checksums are taken in one go: under a millisecond."""
+
+
 class DiskConsumer:
     """One writer's end of a :class:`DiskFanOut`; used by one task."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, sums: BlockSums | None = None) -> None:
+        self.sums = sums
+        """Of all blocks, complete when :meth:`store` commits; ``None``: none are taken."""
         self._send, self._receive = trio.open_memory_channel["Block"](capacity)
         self._failure: Exception | None = None
         self.waited = 0.0
@@ -78,8 +87,11 @@ class DiskFanOut:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
+        self.sums = BlockSums(disk.blocks.count) if disk.blocks.count <= MOST_BLOCKS else None
+        """Of the blocks that have passed."""
         self._pool = pool
         self._rate = rate
+        self._hasher = None if self.sums is None else _Hasher(self.sums, pool.count)
         self._made: list[DiskConsumer] = []
         self._consumers: list[DiskConsumer] = []
 
@@ -89,7 +101,7 @@ class DiskFanOut:
         return max((each.waited for each in self._made), default=0.0)
 
     def consumer(self) -> DiskConsumer:
-        made = DiskConsumer(self._pool.count)
+        made = DiskConsumer(self._pool.count, self.sums)
         self._made.append(made)
         self._consumers.append(made)
         return made
@@ -102,12 +114,19 @@ class DiskFanOut:
         """
         failure: Exception | None = NoConsumers()  # also what a cancel leaves
         try:
-            await self._pump()
+            async with background() as nursery:
+                if self._hasher is not None:
+                    nursery.start_soon(self._hasher.work)
+                await self._pump()
+                if self._hasher is not None:
+                    await self._hasher.finish()
             failure = None
         except Exception as error:
             failure = error
             raise
         finally:
+            if self._hasher is not None:
+                self._hasher.leave()
             for consumer in self._made:
                 consumer.end(failure)
 
@@ -126,7 +145,9 @@ class DiskFanOut:
 
     def _distribute(self, block: Block) -> None:
         # one share is ours and goes last: nobody frees the buffer while it is given out
-        block.buffer.share(len(self._consumers) + 1)
+        block.buffer.share(len(self._consumers) + (1 if self._hasher is None else 2))
+        if self._hasher is not None:
+            self._hasher.give(block)
         for consumer in list(self._consumers):
             if not consumer.give(block):
                 block.buffer.release()
@@ -134,3 +155,44 @@ class DiskFanOut:
         block.buffer.release()
         if not self._consumers:
             raise NoConsumers
+
+
+class _Hasher:
+    """Takes the checksum of each block once for all writers, beside them."""
+
+    def __init__(self, sums: BlockSums, capacity: int) -> None:
+        self._sums = sums
+        self._send, self._receive = trio.open_memory_channel["Block"](capacity)
+        self._finished = trio.Event()
+
+    def give(self, block: Block) -> None:
+        """Takes over a share of the block; never blocks: the channel holds the whole pool."""
+        self._send.send_nowait(block)
+
+    async def finish(self) -> None:
+        """Every block that was given is counted when this returns."""
+        self._send.close()
+        await self._finished.wait()
+
+    async def work(self) -> None:
+        async for block in self._receive:
+            blocks = [block]
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while len(blocks) < _AT_ONCE:
+                    blocks.append(self._receive.receive_nowait())
+            try:
+                await in_thread(Work.CPU, self._hash, blocks)
+            finally:
+                for each in blocks:
+                    each.buffer.release()
+        self._finished.set()
+
+    def _hash(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self._sums[block.index] = block_digest(block.data)
+
+    def leave(self) -> None:
+        """Give back what nobody will count; the worker has ended."""
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                self._receive.receive_nowait().buffer.release()

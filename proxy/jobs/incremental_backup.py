@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from proxy.disks.disk import block_pool
+from proxy.disks.opening import open_chain
+from proxy.disks.qcow2_stream import Qcow2Stream
 from proxy.errors import Canceled, Many, ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.formats.vhd_directory import Compression
@@ -151,6 +153,7 @@ class _Attempt:
                 vm_uuid=backup.uuid,
                 job_id=backup.job.id,
                 full_interval=int(backup.settings.full_interval),
+                damage=backup.damage,
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
             await self._prune(include_unfinished=True)
@@ -386,13 +389,23 @@ class _Attempt:
         )
         if all(run.failed for run in self._runs):
             raise NoConsumers
-        async with export_vdi(
-            self._xapi,
-            exported.ref,
-            exported.vdi,
-            None if base is None else base.snapshot.ref,
-            options,
-        ) as opened:
+        async with contextlib.AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(
+                export_vdi(
+                    self._xapi,
+                    exported.ref,
+                    exported.vdi,
+                    None if base is None else base.snapshot.ref,
+                    options,
+                )
+            )
+            if base is not None and isinstance(opened.disk, Qcow2Stream) and opened.disk.partial:
+                # Its clusters are smaller than our blocks: the rest of a block is the base's.
+                target = self._targets[0]
+                stored = base.parents[target.id].path
+                opened.disk.parent = await stack.enter_async_context(
+                    open_chain(target.remote, stored)
+                )
             self._note(copy, exported, base, opened)
             fan_out = DiskFanOut(opened.disk, pool, self._backup.rate)
             self._fan_outs.append(fan_out)

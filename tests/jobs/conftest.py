@@ -133,6 +133,8 @@ class House:
             for disk in metadata["vhds"].values():
                 path = f"{directory}/{disk}"
                 wanted.add(path)
+                folder, _, disk_name = path.rpartition("/")
+                wanted.add(f"{folder}/.{disk_name.partition('.')[0]}.xxh3")
                 if path.endswith(".alias.vhd"):
                     target = (self.folder(remote) / "xo-vm-backups" / path).read_text()
                     folder = f"{path.rpartition('/')[0]}/{target}/"
