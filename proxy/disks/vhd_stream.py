@@ -105,11 +105,10 @@ class VhdStream:
         rest = await stream.last(rest, vhd.FOOTER_SIZE, only_zeros_before=bool(self.order))
         at = stream.offset - len(rest)
         stream.refuse_answer(rest, at)
-        if len(rest) < vhd.FOOTER_SIZE:
-            await stream.raise_cut()
+        if len(rest) <= vhd.FOOTER_SIZE:  # this is the end, the right one or not
+            await stream.finish()
         if rest != self._raw_footer or at % vhd.SECTOR:
             raise stream.corrupt("end footer", "it does not end with the footer of its start", at)
-        await stream.finish()
 
 
 async def open_vhd_stream(source: ByteSource) -> VhdStream:
