@@ -30,6 +30,7 @@ from .test_incremental_backup import (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("remote", KINDS)
 async def test_every_point_of_thirty_deltas_before_and_after_merges(
     tmp_path: Path, remote: str
@@ -106,8 +107,9 @@ async def test_a_removed_disk_goes_out_of_the_next_backup(tmp_path: Path) -> Non
     async with house_of(tmp_path, disks_per_vm=2, running=False) as house:
         await back_up(house)
         pool = house.pool
-        drive = pool.vms.vbds(pool.vm("vm1"))[1][0]
-        pool.do("VBD.destroy", drive)
+        drives = dict(pool.vms.vbds(pool.vm("vm1")))
+        second = next(ref for ref, drive in drives.items() if drive["userdevice"] == "1")
+        pool.do("VBD.destroy", second)
         change(house, 0, 9)
         outcome = await back_up(house)
         assert [record["got"] for record in disk_records(outcome)] == ["delta"]
