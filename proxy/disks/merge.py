@@ -152,7 +152,7 @@ async def _rename(
 
 BATCH: Final = 1000
 """Blocks renamed between two states: each state costs two flushes of the disk's cache."""
-_COPIED: Final = 64
+COPIED: Final = 64
 """Blocks copied between two states."""
 
 
@@ -211,7 +211,7 @@ class _Blocks:
             done += 1
         self._tell(done, total)
         while done < total:
-            size = BATCH if target.renames(moving, indexes[done : done + BATCH]) else _COPIED
+            size = BATCH if target.renames(moving, indexes[done : done + BATCH]) else COPIED
             batch = indexes[done : done + size]
             await self._lock.check()
             done += len(batch)
