@@ -85,7 +85,7 @@ async def test_old_backups_may_go_first(tmp_path: Path) -> None:
 
 async def test_long_term_retention_keeps_the_first_of_each_day(tmp_path: Path) -> None:
     async with house_of(tmp_path) as house:
-        kept = {
+        kept: dict[str, Any] = {
             "longTermRetention": {"daily": {"retention": 2, "settings": {}}},
             "timezone": "Europe/Paris",
         }
