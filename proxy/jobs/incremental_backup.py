@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from proxy.runtime.buffers import BufferPool
     from proxy.tasks import Task
 
+_SETTLE_SECONDS = 600.0
 _BUFFERS = 10
 """Of 2 MiB, per VM over all its disks: four read ahead, the others in codecs and on disks."""
 
@@ -186,12 +187,24 @@ class _Attempt:
             try:
                 yield ref
             finally:
+                await self._settle()
                 if self._stored:
                     async with undo_step("mark the snapshot as exported", DESTROY_SECONDS):
                         await self._mark_exported(ref)
             if not self._stored:
                 self.outcome()  # raises: the snapshot is nobody's base
                 raise NoConsumers
+
+    async def _settle(self) -> None:
+        """Know of every target whether it has its backup.
+
+        One that is writing its metadata when the run is cancelled goes on to the outcome: whether
+        the snapshot is a base is not known before.
+        """
+        async with undo_step("wait for the targets", _SETTLE_SECONDS):
+            for run in self._runs:
+                run.end(complete=False)
+                await self._ended[run.id].wait()
 
     async def _mark_exported(self, ref: str) -> None:
         """Make the snapshot the base of the next run; each disk knows the length of its chain."""
