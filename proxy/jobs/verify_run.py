@@ -119,9 +119,9 @@ class VerifyRun:
                 yield msgspec.to_builtins(report)
             yield msgspec.to_builtins(self._summary)
         finally:
-            self._receive.close()
-            if task.pending:
+            if task.pending:  # before the channel goes, whose end would look like a failure
                 task.cancel("the client has left")
+            self._receive.close()
 
 
 def _warn(root: Task, report: Report) -> None:

@@ -7,6 +7,7 @@ themselves are not changed.
 
 from __future__ import annotations
 
+import contextlib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -69,12 +70,13 @@ class DamageNotes:
 
     async def all(self) -> dict[str, Damage]:
         """By path."""
-        found = await self._tasks.notes(_KIND)
-        return {
-            key.removeprefix(self._prefix): msgspec.convert(value, Damage)
-            for key, value in found.items()
-            if key.startswith(self._prefix)
-        }
+        found: dict[str, Damage] = {}
+        for key, value in (await self._tasks.notes(_KIND)).items():
+            if key.startswith(self._prefix):
+                # one of another version must not stop a backup
+                with contextlib.suppress(msgspec.ValidationError):
+                    found[key.removeprefix(self._prefix)] = msgspec.convert(value, Damage)
+        return found
 
 
 def damage_in(notes: Mapping[str, Damage], folder: str) -> Damage | None:

@@ -110,10 +110,10 @@ class IncrementalBackupWriter:
 
     async def _remove_disks(self) -> None:
         for path in self._named:
-            await remove_checksums(self._remote, path)
             await self._remote.unlink(path)
             if is_alias(path):
                 await self._remote.rmtree(data_path(path))
+            await remove_checksums(self._remote, path)
 
 
 class _Recorded:

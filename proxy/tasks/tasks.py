@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sqlite3
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -153,14 +154,23 @@ class Tasks:
     async def note(self, kind: str, key: str, value: Any) -> None:
         """Remember ``value`` (JSON, no secrets) under ``key``; ``None`` forgets it.
 
-        For what the daemon has found out and no task keeps.  Durable as a task is.
+        For what the daemon has found out and no task keeps.  Durable as a task is; that it
+        cannot be written stands in the daemon's log.
         """
         encoded = None if value is None else msgspec.json.encode(value)
-        await in_thread(Work.JOURNAL, self._journal.note, kind, key, encoded)
+        try:
+            await in_thread(Work.JOURNAL, self._journal.note, kind, key, encoded)
+        except sqlite3.Error as error:
+            _log.error("the journal cannot be written", kind=kind, key=key, error=str(error))
 
     async def notes(self, kind: str) -> dict[str, Any]:
-        """Everything of this kind that is remembered, by key."""
-        rows = await in_thread(Work.JOURNAL, self._journal.notes, kind)
+        """Everything of this kind that is remembered, by key; nothing when the journal cannot be
+        read: backups must go on."""
+        try:
+            rows = await in_thread(Work.JOURNAL, self._journal.notes, kind)
+        except sqlite3.Error as error:
+            _log.error("the journal cannot be read", kind=kind, error=str(error))
+            return {}
         return {key: msgspec.json.decode(value) for key, value in rows}
 
     # -- ending ------------------------------------------------------------------------------

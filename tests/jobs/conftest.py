@@ -32,6 +32,42 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
             await trio.sleep(0.005)
 
 
+def files_of(root: Path) -> list[str]:
+    """Every file of the remote at ``root`` but listing caches, from where its VMs are."""
+    base = root / "xo-vm-backups"
+    return sorted(
+        str(path.relative_to(base))
+        for path in base.rglob("*")
+        if path.is_file() and path.name != "cache.json.gz"
+    )
+
+
+def explained(root: Path) -> set[str]:
+    """The files that the backups of a remote consist of, by what their metadata says."""
+    base, names = root / "xo-vm-backups", files_of(root)
+    wanted: set[str] = set()
+    for name in names:
+        if not name.endswith(".json") or "/vdis/" in name:
+            continue
+        wanted.add(name)
+        metadata = json.loads((base / name).read_bytes())
+        directory = name.partition("/")[0]
+        if metadata["mode"] == "full":
+            stem = name.removesuffix(".json")
+            wanted |= {f"{stem}.xva", f"{stem}.xva.checksum"}
+            continue
+        for disk in metadata["vhds"].values():
+            path = f"{directory}/{disk}"
+            wanted.add(path)
+            folder, _, disk_name = path.rpartition("/")
+            wanted.add(f"{folder}/.{disk_name.partition('.')[0]}.xxh3")
+            if path.endswith(".alias.vhd"):
+                target = (base / path).read_text()
+                blocks = f"{folder}/{target}/"
+                wanted |= {each for each in names if each.startswith(blocks)}
+    return wanted
+
+
 @dataclass
 class House:
     """A daemon's services beside a simulated pool and remotes in a temporary folder."""
@@ -114,32 +150,7 @@ class House:
                 path.name for path in base.glob(".*")
             ]
             assert locks == []
-            assert set(self.files(remote)) == self._explained(remote)
-
-    def _explained(self, remote: str) -> set[str]:
-        """The files that the backups of a remote consist of, by what their metadata says."""
-        names = self.files(remote)
-        wanted: set[str] = set()
-        for name in names:
-            if not name.endswith(".json") or "/vdis/" in name:
-                continue
-            wanted.add(name)
-            metadata = json.loads((self.folder(remote) / "xo-vm-backups" / name).read_bytes())
-            directory = name.partition("/")[0]
-            if metadata["mode"] == "full":
-                stem = name.removesuffix(".json")
-                wanted |= {f"{stem}.xva", f"{stem}.xva.checksum"}
-                continue
-            for disk in metadata["vhds"].values():
-                path = f"{directory}/{disk}"
-                wanted.add(path)
-                folder, _, disk_name = path.rpartition("/")
-                wanted.add(f"{folder}/.{disk_name.partition('.')[0]}.xxh3")
-                if path.endswith(".alias.vhd"):
-                    target = (self.folder(remote) / "xo-vm-backups" / path).read_text()
-                    folder = f"{path.rpartition('/')[0]}/{target}/"
-                    wanted |= {each for each in names if each.startswith(folder)}
-        return wanted
+            assert set(self.files(remote)) == explained(self.folder(remote))
 
     async def run(self, request: BackupRequest) -> Outcome:
         return await self.outcome(self.services.start_backup(request))
@@ -170,12 +181,7 @@ class House:
 
     def files(self, remote: str = "remote1") -> list[str]:
         """Every file of a remote but the listing cache, relative to the VM's directory."""
-        base = self.folder(remote) / "xo-vm-backups"
-        return sorted(
-            str(path.relative_to(base))
-            for path in base.rglob("*")
-            if path.is_file() and path.name != "cache.json.gz"
-        )
+        return files_of(self.folder(remote))
 
     def backups(self, remote: str = "remote1") -> list[str]:
         return [

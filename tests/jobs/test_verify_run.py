@@ -16,7 +16,7 @@ from proxy.jobs import VerifyRequest
 from proxy.remotes.faults import Fail, Gate
 from proxy.repository import clean_vm, lock_vm
 
-from .conftest import House
+from .conftest import House, explained
 from .test_incremental_backup import (
     KINDS,
     back_up,
@@ -98,7 +98,7 @@ async def test_what_a_run_wrote_has_known_checksums(tmp_path: Path, remote: str)
         assert task["data"]["level"] == "read"
         assert task["data"]["progress"] == 100
         assert task["data"]["result"] == summary
-        assert set(house.files(remote)) == house._explained(remote)
+        assert set(house.files(remote)) == explained(house.folder(remote))
 
 
 @pytest.mark.parametrize("remote", KINDS)
@@ -111,7 +111,7 @@ async def test_after_our_merges_everything_is_still_known(tmp_path: Path, remote
         records = await verified(house, remote, level="read")
         assert statuses(records) == ["ok", "ok"]
         assert records[-1]["checksums"] == {"match": 4}
-        assert set(house.files(remote)) == house._explained(remote)
+        assert set(house.files(remote)) == explained(house.folder(remote))
         spoil(some_block(house, remote))
         assert "damaged" in statuses(await verified(house, remote, level="read"))
 
@@ -278,7 +278,7 @@ async def test_it_can_be_cancelled_and_a_client_that_leaves_cancels_it(
         with trio.fail_after(10):
             await house.services.wait_idle()
         assert (await task_of(house, [first]))["status"] == "canceled"
-        assert set(house.files()) == house._explained("remote1")
+        assert set(house.files()) == explained(house.folder())
 
 
 async def test_a_storage_that_dies_ends_it_with_a_summary(tmp_path: Path) -> None:

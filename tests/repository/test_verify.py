@@ -29,6 +29,7 @@ from proxy.formats.vhd_directory import Compression
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.interface import Remote
 from proxy.remotes.recording import Recording
+from proxy.repository import clean_vm, lock_vm
 from proxy.repository.checksums import checksums_path, merging_checksums, orphan_checksums
 from proxy.repository.incremental_writer import open_incremental_backup
 from proxy.repository.verify import verify
@@ -649,6 +650,20 @@ async def test_a_merge_that_begins_meanwhile_is_no_damage(kept: Callable[[str], 
         house.block(1, 1).rename(house.block(0, 1))
         gate.release.set()
     assert "damaged" not in backups(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_checksums_go_with_their_disks(kept: Callable[[str], Any], kind: str) -> None:
+    house = await kept(kind)
+    assert len(list(house.folder.glob(".*.xxh3"))) == 3
+    (house.folder / ".1767225600000..20200101T000000Z.xxh3.tmp").touch()
+    (house.folder / ".other.xxh3.txt").touch()
+    house.json(2).unlink()
+    async with lock_vm(house.remote, VM, owner="test") as lock:
+        now = NOON / 1000 + 10**9
+        await clean_vm(house.remote, VM, lock=lock, warn=lambda *_: None, now=lambda: now)
+    left = sorted(path.name for path in house.folder.glob(".*"))
+    assert left == [*(f".{date}.xxh3" for date in house.dates[:2]), ".other.xxh3.txt"]
 
 
 # -- samples, names, cancel ----------------------------------------------------------------

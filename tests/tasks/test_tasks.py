@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,13 @@ async def test_notes_outlive_the_daemon_until_they_are_cleared(tmp_path: Path) -
             assert await tasks.notes("damage") == {"a": {"x": 3}}
             assert await tasks.notes("other") == {"a": "4"}
             assert await tasks.notes("nothing") == {}
+
+
+async def test_a_journal_that_fails_remembers_nothing_and_stops_nobody(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    async with trio.open_nursery() as nursery, open_tasks(path, nursery) as tasks:
+        with sqlite3.connect(path) as other:
+            other.execute("DROP TABLE note")
+        other.close()
+        await tasks.note("damage", "a", 1)
+        assert await tasks.notes("damage") == {}
