@@ -16,7 +16,7 @@ import math
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
@@ -376,11 +376,6 @@ def present_flags(table: array[int]) -> bytes:
 def stream_size(entries: int, present: int) -> int:
     """Bytes of a VHD file with ``present`` of ``entries`` blocks, as this daemon lays it out."""
     return TABLE_OFFSET + table_size(entries) + present * STORED_BLOCK + FOOTER_SIZE
-
-
-def with_parent(header: Header, *, name: str, uuid: UUID) -> Header:
-    """``header`` with another parent."""
-    return replace(header, parent_name=name, parent_uuid=uuid)
 
 
 def _with_checksum(data: bytes, at: int) -> bytes:

@@ -11,7 +11,7 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -24,7 +24,7 @@ from proxy.disks.disk import Block, block_pool
 from proxy.disks.writing import Shape
 from proxy.errors import NotFound, Refused, Unreachable
 from proxy.formats.checksums import BlockSums, block_digest
-from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, NO_UUID, Footer, Header, with_parent
+from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, NO_UUID, Footer, Header
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.interface import Remote
@@ -748,7 +748,9 @@ async def test_a_chain_that_bites_its_tail_ends(kept: Callable[[str], Any]) -> N
     raw = brotli.decompress(header.read_bytes())
     parsed = Header.parse(raw)
     name = f"{house.dates[1]}.alias.vhd"
-    header.write_bytes(brotli.compress(with_parent(parsed, name=name, uuid=house.uuids[1]).pack()))
+    header.write_bytes(
+        brotli.compress(replace(parsed, parent_name=name, parent_uuid=house.uuids[1]).pack())
+    )
     found = await reports_of(house)
     assert backups(found) == ["ok", "damaged", "damaged"]
     assert "chain" in kinds(found)
