@@ -81,17 +81,20 @@ class DiskConsumer:
 
 
 class DiskFanOut:
-    """Reads ``disk`` once.  Consumers are made before :meth:`run`."""
+    """Reads ``disk`` once.  Consumers are made before :meth:`run`.
 
-    def __init__(self, disk: Disk, pool: BufferPool, rate: RateLimit | None) -> None:
+    ``capacity`` is the number of buffers of the pool that it will run with.
+    """
+
+    def __init__(self, disk: Disk, capacity: int, rate: RateLimit | None) -> None:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
         self.sums = BlockSums(disk.blocks.count) if disk.blocks.count <= MOST_BLOCKS else None
         """Of the blocks that have passed."""
-        self._pool = pool
+        self._capacity = capacity
         self._rate = rate
-        self._hasher = None if self.sums is None else _Hasher(self.sums, pool.count)
+        self._hasher = None if self.sums is None else _Hasher(self.sums, capacity)
         self._made: list[DiskConsumer] = []
         self._consumers: list[DiskConsumer] = []
 
@@ -101,13 +104,13 @@ class DiskFanOut:
         return max((each.waited for each in self._made), default=0.0)
 
     def consumer(self) -> DiskConsumer:
-        made = DiskConsumer(self._pool.count, self.sums)
+        made = DiskConsumer(self._capacity, self.sums)
         self._made.append(made)
         self._consumers.append(made)
         return made
 
-    async def run(self) -> None:
-        """Read to the confirmed end.
+    async def run(self, pool: BufferPool) -> None:
+        """Read to the confirmed end, with buffers of ``pool``, which is not kept.
 
         An error of the source reaches every consumer and is raised; so is ``NoConsumers`` when
         the last of them left.
@@ -117,7 +120,7 @@ class DiskFanOut:
             async with background() as nursery:
                 if self._hasher is not None:
                     nursery.start_soon(self._hasher.work)
-                await self._pump()
+                await self._pump(pool)
                 if self._hasher is not None:
                     await self._hasher.finish()
             failure = None
@@ -130,8 +133,8 @@ class DiskFanOut:
             for consumer in self._made:
                 consumer.end(failure)
 
-    async def _pump(self) -> None:
-        async with self.disk.read(self._pool) as reader:
+    async def _pump(self, pool: BufferPool) -> None:
+        async with self.disk.read(pool) as reader:
             while True:
                 began = trio.current_time()
                 block = await reader.next()

@@ -420,14 +420,14 @@ class _Attempt:
                     open_chain(target.remote, stored)
                 )
             self._note(copy, exported, base, opened)
-            fan_out = DiskFanOut(opened.disk, pool, self._backup.rate)
+            fan_out = DiskFanOut(opened.disk, pool.count, self._backup.rate)
             self._fan_outs.append(fan_out)
             differencing = opened.disk.is_differencing
             for run in self._runs:
                 if not run.failed:
                     parent = base.parents[run.id] if base is not None and differencing else None
                     run.give(DiskPart(exported, opened.disk, parent, fan_out.consumer()))
-            await fan_out.run()
+            await fan_out.run(pool)
 
     def _note(
         self,
