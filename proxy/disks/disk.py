@@ -92,7 +92,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block on its way.  Whoever has it last calls ``buffer.release()``."""
+    """One block on its way.  Whoever has it last calls :meth:`release`."""
 
     index: int
     buffer: Buffer
@@ -105,6 +105,10 @@ class Block:
     @property
     def data(self) -> memoryview:
         return self.buffer.memory[BITMAP_SIZE:]
+
+    def release(self) -> None:
+        """This holder is done with it; the last one gives the buffer back."""
+        self.buffer.release()
 
 
 class BlockReader(Protocol):

@@ -70,7 +70,7 @@ class Qcow2Stream:
                 try:
                     await self._lay_over(block.data, placement)
                 except BaseException:
-                    block.buffer.release()
+                    block.release()
                     raise
                 await give(block)
         await self._stream.drain()
@@ -194,7 +194,7 @@ async def send_qcow2(
                     raise ValueError(f"block {block.index} is not the one announced")
                 await sink(block.data[: layout.length_of(block.index)])
             finally:
-                block.buffer.release()
+                block.release()
     if (missing := next(expected, None)) is not None:
         raise Corrupt(
             f"the disk ended before its block {missing}",

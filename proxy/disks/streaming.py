@@ -153,7 +153,7 @@ async def read_ahead(
         try:
             await send.send(block)
         except BaseException:
-            block.buffer.release()
+            block.release()
             raise
 
     async with background() as nursery:
@@ -180,5 +180,5 @@ class _Ahead:
     def close(self) -> None:
         with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
             while True:
-                self._receive.receive_nowait().buffer.release()
+                self._receive.receive_nowait().release()
         self._receive.close()

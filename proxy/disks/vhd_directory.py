@@ -244,7 +244,7 @@ class _Writer:
             if not (0 <= block.index < len(self._missing) and self._missing[block.index]):
                 raise ValueError(f"block {block.index} was not announced, or comes twice")
         except BaseException:
-            block.buffer.release()
+            block.release()
             raise
         self._missing[block.index] = 0
         self._under_way += 1
@@ -260,7 +260,7 @@ class _Writer:
             except Exception as error:  # noqa: BLE001 (told by the next call)
                 self._error = self._error or error
             finally:
-                block.buffer.release()
+                block.release()
                 self._under_way -= 1
                 if self._under_way == 0:
                     self._drained.set()
@@ -305,7 +305,7 @@ class _Writer:
         """Give back the blocks that nobody will store; the workers have ended."""
         with contextlib.suppress(trio.WouldBlock):
             while True:
-                self._receive.receive_nowait().buffer.release()
+                self._receive.receive_nowait().release()
 
 
 def _chunks(shape: Shape, flags: bytes, compression: Compression) -> dict[str, bytes]:

@@ -157,7 +157,7 @@ class _Writer:
             await self._file.write(block.stored)
             self._is_whole = True
         finally:
-            block.buffer.release()
+            block.release()
 
     async def commit(self) -> None:
         self._begin()

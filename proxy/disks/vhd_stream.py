@@ -179,6 +179,6 @@ async def send_vhd(
                 announced.came(block.index)
                 await sink(block.stored)
             finally:
-                block.buffer.release()
+                block.release()
     announced.all_came()
     await sink(memoryview(shape.pack_footer()))

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from proxy.disks.disk import Block
 from proxy.formats.checksums import MOST_BLOCKS, BlockSums, block_digest
-from proxy.jobs.copying import NoConsumers
+from proxy.jobs.copying import Lane, NoConsumers
 from proxy.runtime.background import background
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from proxy.disks.disk import Block, Disk
+    from proxy.disks.disk import Disk
     from proxy.disks.writing import DiskWriter
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
@@ -25,14 +26,13 @@ _AT_ONCE: Final = 4
 """Blocks whose checksums are taken in one go: under a millisecond."""
 
 
-class DiskConsumer:
-    """One writer's end of a :class:`DiskFanOut`; used by one task."""
+class DiskConsumer(Lane[Block]):
+    """One writer's end of a :class:`DiskFanOut`."""
 
     def __init__(self, capacity: int, sums: BlockSums | None = None) -> None:
+        super().__init__(capacity)
         self.sums = sums
         """Of all blocks, complete when :meth:`store` commits; ``None``: none are taken."""
-        self._send, self._receive = trio.open_memory_channel["Block"](capacity)
-        self._failure: Exception | None = None
         self.waited = 0.0
         """Seconds spent in the writer."""
 
@@ -41,7 +41,7 @@ class DiskConsumer:
 
         Raises the source's error where the disk broke, and then commits nothing.
         """
-        while (block := await self._next()) is not None:
+        while (block := await self.next()) is not None:
             size = len(block.data)
             began = trio.current_time()
             await writer.write(block)
@@ -50,34 +50,6 @@ class DiskConsumer:
         began = trio.current_time()
         await writer.commit()
         self.waited += trio.current_time() - began
-
-    async def _next(self) -> Block | None:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            if self._failure is not None:
-                raise self._failure from None
-            return None
-
-    def give(self, block: Block) -> bool:
-        """Whether the writer is still there; never blocks: the channel holds the whole pool."""
-        try:
-            self._send.send_nowait(block)
-        except trio.BrokenResourceError:
-            return False
-        return True
-
-    def end(self, failure: Exception | None) -> None:
-        """No more blocks; with ``failure`` the disk was not complete."""
-        self._failure = failure
-        self._send.close()
-
-    def leave(self) -> None:
-        """Want nothing more; what is queued goes back to the pool."""
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                self._receive.receive_nowait().buffer.release()
-        self._receive.close()
 
 
 class DiskFanOut:
@@ -153,9 +125,9 @@ class DiskFanOut:
             self._hasher.give(block)
         for consumer in list(self._consumers):
             if not consumer.give(block):
-                block.buffer.release()
+                block.release()
                 self._consumers.remove(consumer)
-        block.buffer.release()
+        block.release()
         if not self._consumers:
             raise NoConsumers
 
@@ -187,7 +159,7 @@ class _Hasher:
                 await in_thread(Work.CPU, self._hash, blocks)
             finally:
                 for each in blocks:
-                    each.buffer.release()
+                    each.release()
         self._finished.set()
 
     def _hash(self, blocks: Sequence[Block]) -> None:
@@ -198,4 +170,4 @@ class _Hasher:
         """Give back what nobody will count; the worker has ended."""
         with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
             while True:
-                self._receive.receive_nowait().buffer.release()
+                self._receive.receive_nowait().release()

@@ -11,7 +11,7 @@ import trio
 from proxy.disks.disk import block_pool
 from proxy.disks.opening import open_chain
 from proxy.disks.qcow2_stream import Qcow2Stream
-from proxy.errors import Canceled, Many, ProxyError
+from proxy.errors import ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
@@ -22,7 +22,7 @@ from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disk
 from proxy.jobs.incremental_target import DiskPart, IncrementalCopy, IncrementalTarget, Progress
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.targets import RemoteTarget, now_ms
+from proxy.jobs.targets import RemoteTarget, now_ms, to_try_again
 from proxy.jobs.undo import undo_step
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.repository import clean_vm
@@ -110,24 +110,16 @@ class _Attempt:
         """Set when a target has its backup, or failed."""
         self._runs: list[IncrementalTarget] = []
         self._fan_outs: list[DiskFanOut] = []
-        self._stored: set[str] = set()
+        self._stored = backup.stored
         self._ways: dict[str, dict[str, Any]] = {}
         self._exported: list[ExportedDisk] = []
         self._lengths: dict[str, int] = {}
 
     def outcome(self) -> list[str]:
         """The ids of the targets that are to be tried again; raises when all failed."""
-        if len(self._errors) < len(self._targets) or self._stored:
-            return [
-                target_id
-                for target_id, error in self._errors.items()
-                if target_id not in self._stored and not isinstance(error, Canceled)
-            ]
-        if len(self._targets) == 1:
-            raise next(iter(self._errors.values()))
-        if all(isinstance(error, Canceled) for error in self._errors.values()):
-            raise Canceled("every target was canceled")
-        raise Many.all_targets("writer.transfer()", list(self._errors.values()))
+        return to_try_again(
+            self._errors, self._stored, len(self._targets), step="writer.transfer()"
+        )
 
     def finish(self) -> None:
         """Let the targets end; what is not complete by now never will be."""
