@@ -108,6 +108,7 @@ class _VmRun:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 xapi = await stack.enter_async_context(self._services.xapi(xapi_spec))
+                await self._services.sweeper.contact(self._root, xapi)
                 ref = await xapi.by_uuid("VM", vm_uuid)
                 vm = await xapi.record("VM", ref)
             except Exception as error:  # noqa: BLE001  a VM without task would pass for a success
