@@ -5,9 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import hypothesis
 import pytest
 import trio
 import trio.testing
+
+# How long an example takes is the machine's affair, which others may be using.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
 
 
 def _on_virtual_clock(function: Any, *args: Any, **options: Any) -> Any:

@@ -57,8 +57,6 @@ class BackupsConfig(Section, frozen=True):
     """Merge inside the run that made it necessary instead of after it."""
     snapshot_name_label_tpl: str = "[XO Backup {job.name}] {vm.name_label}"
     vhd_directory_compression: Literal["brotli", "gzip", "none"] = "brotli"
-    max_merged_deltas_per_run: AtLeastOne | None = None
-    """Old incremental backups that one run removes at most, where no setting says."""
     merge_block_concurrency: AtLeastOne = 2
     """Blocks merged at once in one chain."""
     write_block_concurrency: AtLeastOne = 16

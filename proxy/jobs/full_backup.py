@@ -10,6 +10,7 @@ import trio
 from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, to_try_again, write_full
@@ -112,6 +113,11 @@ async def _prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:
         gone += await unfinished_snapshots(xapi, vm, backup.installation, backup.is_live_run)
     for ref in gone:
         await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+    if include_unfinished:
+        # A run that died here before left disks whose VM it had destroyed already.
+        for group in await list_disk_snapshots(xapi, vm, backup.job.id):
+            if all(one.vm_ref is None for one in group):
+                await destroy_group(xapi, group)
 
 
 # -- copies -------------------------------------------------------------------------------------

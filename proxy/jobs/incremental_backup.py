@@ -310,8 +310,6 @@ class _Attempt:
             for parent in choice.parents.values()
         ]
         merged = settings.max_merged_deltas_per_run
-        if merged is None:
-            merged = backup.defaults.max_merged_deltas_per_run
         return IncrementalCopy(
             vm_uuid=backup.uuid,
             job_id=backup.job.id,

@@ -136,6 +136,10 @@ class _Restore:
             ):
                 self._task.warning(lost)
             transfer.complete_progress()
+            # The disks first, the VM's name last: what a crash leaves of the VM still says by
+            # name and marks that it is unfinished, and the disks go with it.
+            for disk in disks:
+                await vm_create.release_vdi(xapi, disk.made, disk.vdi)
             await vm_create.release_vm(xapi, vm_ref, self._metadata["vm"])
             await dress_restored(xapi, vm_ref, self._request, self._record)
             return {"size": total, "id": await xapi.call("VM.get_uuid", vm_ref)}
@@ -223,7 +227,7 @@ class _Restore:
             await xapi.call_async("VDI.clone", disk.nearest.snapshot_ref, on_late_success=discard)
         )
         made.vdis.append(disk.made)
-        await xapi.update_map("VDI", disk.made, "other_config", self._marks)
+        await vm_create.mark_vdi(xapi, disk.made, disk.vdi, marks=self._marks)
         size = int(disk.vdi["virtual_size"])
         if int((await xapi.record("VDI", disk.made))["virtual_size"]) < size:
             await xapi.call_async("VDI.resize", disk.made, size)

@@ -12,11 +12,11 @@ from proxy.errors import Corrupt, Refused
 from proxy.jobs.restored_vm import dress_restored
 from proxy.jobs.undo import undo_step
 from proxy.runtime.buffers import Buffer, BufferPool
-from proxy.xapi import vms
+from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.migration import OPERATIONS, REASON
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
 
     from proxy.jobs.requests import RestoreRequest
     from proxy.remotes import FileReader, Remote
@@ -29,7 +29,13 @@ _DESTROY_SECONDS = 600.0
 
 
 async def restore_full(
-    task: Task, request: RestoreRequest, remote: Remote, record: BackupRecord, xapi: Xapi
+    task: Task,
+    request: RestoreRequest,
+    remote: Remote,
+    record: BackupRecord,
+    xapi: Xapi,
+    *,
+    installation: str,
 ) -> dict[str, Any]:
     """The work of a restore's root task; answers ``{size, id}`` with the new VM's uuid.
 
@@ -56,6 +62,8 @@ async def restore_full(
                     raise Corrupt("the archive holds no VM: nothing was restored")
                 transfer.complete_progress()
                 vm_ref = made[0]
+                marks = {ownership.PROXY: installation, ownership.RUN: task.id}
+                await _mark(xapi, vm_ref, marks)
                 await _dress(xapi, vm_ref, request, record)
                 result = {"size": file.size, "id": await xapi.call("VM.get_uuid", vm_ref)}
         transfer.result = result
@@ -144,11 +152,19 @@ def _slowest(waited: dict[str, float], upload: Upload) -> str:
     return "network" if slowest == "target" and upload.peer_lossy else slowest
 
 
+async def _mark(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> None:
+    """The host made the VM under the name it had: say that it is not finished, in two calls."""
+    vm = await xapi.record("VM", vm_ref)
+    await xapi.call("VM.set_name_label", vm_ref, vm_create.importing(vm["name_label"]))
+    config: dict[str, str] = vm.get("other_config") or {}
+    await xapi.call("VM.set_other_config", vm_ref, {**config, **marks})
+
+
 async def _dress(xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord) -> None:
-    await dress_restored(xapi, vm_ref, request, record)
     await _unblock_migration(xapi, vm_ref)
     if request.new_mac_addresses:
         await _renew_macs(xapi, vm_ref)
+    await dress_restored(xapi, vm_ref, request, record)
 
 
 async def _unblock_migration(xapi: Xapi, vm_ref: str) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from proxy.repository import date_name
-from proxy.xapi import ownership
+from proxy.xapi import ownership, vm_create
 
 if TYPE_CHECKING:
     from proxy.jobs.requests import RestoreRequest
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 async def dress_restored(
     xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord
 ) -> None:
-    """Name, describe and tag the VM, and take off what belongs to its former life.
+    """Describe, tag and name the VM, and take off what belongs to its former life.
 
-    The keys of backups go last: with them our marks, by which a half-made VM is known.
+    Its name comes when all else is done: until then name and marks tell a half-made VM.
     """
     original = record.metadata["vm"]
     name = original.get("name_label")
     if not isinstance(name, str):
-        name = await xapi.call("VM.get_name_label", vm_ref)
+        name = vm_create.own_name(await xapi.call("VM.get_name_label", vm_ref))
     description = f"Restored on {date_name(time.time() * 1000)}"
     remote_name = request.remote.get("name")
     if remote_name:
@@ -35,8 +35,8 @@ async def dress_restored(
     await xapi.call("VM.add_tags", vm_ref, "restored from backup")
     if request.additional_vm_tag:
         await xapi.call("VM.add_tags", vm_ref, request.additional_vm_tag)
+    await xapi.call("VM.set_name_description", vm_ref, description)
+    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
     date = date_name(record.backup.timestamp)
     await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
-    await xapi.call("VM.set_name_description", vm_ref, description)
     await ownership.reset_keys(xapi, vm_ref)
-    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})

@@ -14,6 +14,7 @@ from proxy.jobs.incremental_restore import restore_incremental
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
+from proxy.jobs.sweep import Sweeper
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote
@@ -43,6 +44,7 @@ class Services:
         self.nursery = nursery
         self._remotes: Shared[Remote] = Shared(nursery, self._delay)
         self._xapis: Shared[Xapi] = Shared(nursery, self._delay)
+        self.sweeper = Sweeper(tasks)
         self._live: dict[str, Task] = {}
         self._jobs: dict[str, Task] = {}
         self._accepting = True
@@ -140,9 +142,9 @@ class Services:
             for key in request.ignored:
                 root.warning(f"the setting '{key}' is not known and has no effect")
             async with self.remote(request.remote) as remote, self.xapi(request.xapi) as xapi:
-                if record.backup.mode == "full":
-                    return await restore_full(root, request, remote, record, xapi)
-                return await restore_incremental(
+                await self.sweeper.contact(root, xapi)
+                restore = restore_full if record.backup.mode == "full" else restore_incremental
+                return await restore(
                     root, request, remote, record, xapi, installation=self.installation
                 )
 
@@ -183,6 +185,7 @@ class Services:
                 return await work(root)
             finally:
                 self._live.pop(root.id, None)
+                self.sweeper.ended(root)
                 self._ended.set()
                 self._ended = trio.Event()
 

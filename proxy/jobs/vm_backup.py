@@ -33,7 +33,6 @@ class Defaults:
     """Values of the configuration that settings refine, or that no setting says."""
 
     vhd_directory_compression: Literal["brotli", "gzip", "none"] = "brotli"
-    max_merged_deltas_per_run: int | None = None
     prefer_nbd: bool = False
 
 

@@ -108,6 +108,7 @@ class _VmRun:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 xapi = await stack.enter_async_context(self._services.xapi(xapi_spec))
+                await self._services.sweeper.contact(self._root, xapi)
                 ref = await xapi.by_uuid("VM", vm_uuid)
                 vm = await xapi.record("VM", ref)
             except Exception as error:  # noqa: BLE001  a VM without task would pass for a success
@@ -179,7 +180,6 @@ class _VmRun:
             settings=settings,
             defaults=Defaults(
                 vhd_directory_compression=config.backups.vhd_directory_compression,
-                max_merged_deltas_per_run=config.backups.max_merged_deltas_per_run,
                 prefer_nbd=config.xapi_options.prefer_nbd,
             ),
         )

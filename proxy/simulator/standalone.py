@@ -86,7 +86,8 @@ async def churn(pool: SimulatedPool, share: float, seconds: float) -> None:
     while True:
         await trio.sleep(seconds)
         for vm, record in pool.store.all("VM"):
-            if record["power_state"] == "Running":
+            # What is attached to dom0 is being read: no guest writes there.
+            if record["power_state"] == "Running" and not record["is_control_domain"]:
                 for uuid in pool.disk_uuids(vm):
                     pool.mutate(uuid, share)
 

@@ -88,6 +88,12 @@ async def reset_keys(xapi: Xapi, vm_ref: str) -> None:
     await set_keys(xapi, vm_ref, dict.fromkeys(RESET_KEYS))
 
 
+async def reset_disk_keys(xapi: Xapi, vdi_ref: str) -> None:
+    """Remove :data:`RESET_KEYS` from one disk, which no VM need have."""
+    vdi = await xapi.record("VDI", vdi_ref)
+    await _write(xapi, "VDI", vdi_ref, vdi, dict.fromkeys(RESET_KEYS))
+
+
 async def _write(
     xapi: Xapi, cls: str, ref: str, record: Mapping[str, Any], keys: Mapping[str, str | None]
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import Refused, XapiError
 from proxy.formats.vhd import MAX_VIRTUAL_SIZE
-from proxy.xapi import vms
+from proxy.xapi import ownership, vms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ Record = dict[str, Any]
 NULL: Final = "OpaqueRef:NULL"
 IMPORTING: Final = "Importing…"
 """Why a VM that is being made cannot be started."""
+_UNFINISHED: Final = f"[{IMPORTING}] "
 _START: Final = ("start", "start_on")
 
 _VM_FIELDS: Final = (
@@ -64,6 +65,20 @@ _BIOS_STRINGS: Final = frozenset(
 )
 
 
+def importing(name: object) -> str:
+    """The temporary name of a VM or disk that is being made."""
+    return f"{_UNFINISHED}{name or ''}"
+
+
+def own_name(name: str) -> str:
+    """``name`` without what :func:`importing` adds."""
+    return name.removeprefix(_UNFINISHED)
+
+
+def is_importing(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(_UNFINISHED)
+
+
 async def create_vm(
     xapi: Xapi,
     record: Mapping[str, Any],
@@ -89,7 +104,7 @@ async def create_vm(
         "ha_always_run": False,
         "ha_restart_priority": "",
         "is_a_template": False,
-        "name_label": f"[{IMPORTING}] {record.get('name_label', '')}",
+        "name_label": importing(record.get("name_label")),
         "snapshot_schedule": NULL,
         "suspend_SR": NULL,
     }
@@ -117,11 +132,10 @@ async def dress_vm(xapi: Xapi, vm_ref: str, record: Mapping[str, Any]) -> None:
 
 
 async def release_vm(xapi: Xapi, vm_ref: str, record: Mapping[str, Any]) -> None:
-    """The VM is complete: its own name, and only the blocks that it had."""
+    """The VM is complete: it has only the blocks that it had.  Its name says so still not."""
     former: Mapping[str, str] = record.get("blocked_operations") or {}
     if record.get("ha_always_run"):
         await xapi.call("VM.set_ha_always_run", vm_ref, True)
-    await xapi.call("VM.set_name_label", vm_ref, str(record.get("name_label", "")))
     changes: dict[str, str | None] = {op: former.get(op) for op in _START}
     await xapi.update_map("VM", vm_ref, "blocked_operations", {**changes, **former})
 
@@ -129,11 +143,14 @@ async def release_vm(xapi: Xapi, vm_ref: str, record: Mapping[str, Any]) -> None
 async def create_vdi(
     xapi: Xapi, record: Mapping[str, Any], sr_ref: str, *, marks: Mapping[str, str]
 ) -> str:
-    """An empty VDI like ``record`` on another SR; a large one as qcow2 where that is needed."""
+    """An empty VDI like ``record`` on another SR; a large one as qcow2 where that is needed.
+
+    Under a temporary name and with ``marks`` from its first moment, until :func:`release_vdi`.
+    """
     size = int(record["virtual_size"])
     fields: Record = {
         "name_description": record.get("name_description", ""),
-        "name_label": record.get("name_label", ""),
+        "name_label": importing(record.get("name_label")),
         "other_config": {**(record.get("other_config") or {}), **marks},
         "read_only": bool(record.get("read_only", False)),
         "sharable": bool(record.get("sharable", False)),
@@ -146,6 +163,21 @@ async def create_vdi(
     if size > MAX_VIRTUAL_SIZE and await _takes_qcow2(xapi, sr_ref):
         fields["sm_config"] = {"image-format": "qcow2"}
     return str(await xapi.call("VDI.create", fields))
+
+
+async def mark_vdi(
+    xapi: Xapi, vdi_ref: str, record: Mapping[str, Any], *, marks: Mapping[str, str]
+) -> None:
+    """Give a VDI that was cloned what :func:`create_vdi` gives: two calls, the marks at once."""
+    await xapi.call("VDI.set_name_label", vdi_ref, importing(record.get("name_label")))
+    config = {**(record.get("other_config") or {}), **marks}
+    await xapi.call("VDI.set_other_config", vdi_ref, config)
+
+
+async def release_vdi(xapi: Xapi, vdi_ref: str, record: Mapping[str, Any]) -> None:
+    """The VDI has its content: its own name, and no keys of backups."""
+    await xapi.call("VDI.set_name_label", vdi_ref, str(record.get("name_label", "")))
+    await ownership.reset_disk_keys(xapi, vdi_ref)
 
 
 async def _takes_qcow2(xapi: Xapi, sr_ref: str) -> bool:

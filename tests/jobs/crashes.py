@@ -166,7 +166,10 @@ class Tale:
         assert set(backups) == expected, f"{when}: the recovery changed what there is"
         listed = [backup.id for backup in await list_vm_backups(remote, self.vm)]
         assert listed == sorted(expected), f"{when}: the listing"
-        assert set(files_of(root)) == explained(root), f"{when}: files that no backup has"
+        # checksums may be missing: without them a verify calls a disk unknown
+        assert {name for name in files_of(root) if not name.endswith(".xxh3")} == {
+            name for name in explained(root) if not name.endswith(".xxh3")
+        }, f"{when}: files that no backup has"
         await self.reads(remote, backups, f"{when}: after the recovery")
         for backup, metadata in backups.items():
             await self.is_true(remote, metadata, f"{when}: {backup}")

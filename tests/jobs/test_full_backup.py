@@ -470,7 +470,7 @@ def minutes_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A minute lies between two snapshots, whose dates have seconds."""
     minutes = itertools.count(29_924_500)
     clock = SimpleNamespace(time=lambda: next(minutes) * 60)
-    monkeypatch.setattr("proxy.jobs.full_backup.time", clock)
+    monkeypatch.setattr("proxy.jobs.vm_backup.time", clock)
 
 
 @pytest.mark.usefixtures("minutes_pass")

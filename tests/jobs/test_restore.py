@@ -402,9 +402,9 @@ async def test_upstream_rpc_weakness_6_nothing_stays_open_when_the_metadata_is_m
         await house.clean()
 
 
-async def test_an_incremental_backup_is_refused_before_anything(tmp_path: Path) -> None:
+async def test_a_backup_of_no_known_kind_is_refused_before_anything(tmp_path: Path) -> None:
     async with backed_up(tmp_path) as house:
-        edit(house, mode="delta")
+        edit(house, mode="sideways")
         with pytest.raises(Refused) as caught:
             await restore(house)
         assert caught.value.code == "ENOTSUP"

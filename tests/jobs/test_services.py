@@ -102,7 +102,6 @@ async def test_a_changed_option_of_a_remote_takes_effect_at_once(house: House) -
         ({"type": "call"}, "No runner for the backup type call"),
         ({"type": None}, "No runner for the backup type undefined"),
         ({"mode": "sideways"}, "Job mode sideways not implemented"),
-        ({"mode": "delta"}, "incremental backups to remotes are not available yet"),
         ({"srs": {"id": "sr"}}, "replication to SRs is not available yet"),
         ({"remotes": {"type": "nfs"}}, "invalid pattern"),
         ({"settings": {"": {"healthCheckSr": "sr"}}}, "health checks are not available yet"),
