@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks import calls, full_backup, listing, many_vms, nbd, restore, waiters
+from benchmarks import (
+    calls,
+    full_backup,
+    incremental,
+    listing,
+    many_vms,
+    nbd,
+    restore,
+    waiters,
+)
 from benchmarks.lab import options, show
 
 if __name__ == "__main__":
@@ -10,6 +19,7 @@ if __name__ == "__main__":
     show(
         *full_backup.measure(chosen),
         *restore.measure(chosen),
+        *incremental.measure(chosen),
         *nbd.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),

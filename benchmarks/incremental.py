@@ -99,7 +99,7 @@ def one_kind(chosen: Options, kind: str, size: int) -> list[Figures]:
         for _ in range(chosen.rounds):
             empty(folder / spec["id"])
             settle()
-            floor = codec_rate(folder) if kind == "directory" else copy_rate(pool, folder)
+            floor = codec_rate() if kind == "directory" else copy_rate(pool, folder)
             settle()
             done = backed_up(proxy, pool, spec, fullInterval=1)
             key.add(size / done.spans("export")[0] / 1e6, floor)
@@ -158,9 +158,10 @@ def many(chosen: Options) -> list[Figures]:
         spec = remote_spec(folder)
         spec["url"] += KINDS["directory"]
         for warm_up in (True, *[False] * chosen.rounds):
-            empty(folder / spec["id"]) if (folder / spec["id"]).exists() else None
+            if not warm_up:
+                empty(folder / spec["id"])
             settle()
-            floor = codec_rate(folder)
+            floor = codec_rate()
             settle()
             done = backed_up(proxy, pool, spec, fullInterval=1, concurrency=4)
             if not warm_up:
@@ -224,9 +225,8 @@ def copy_rate(pool: Pool, folder: Path) -> float:
     return total / seconds / 1e6
 
 
-def codec_rate(folder: Path) -> float:
+def codec_rate() -> float:
     """MB/s of brotli alone on both cores, of what the simulated disks hold."""
-    del folder
     blocks = [os.urandom(PIECE) for _ in range(8)] * 16
     with ThreadPoolExecutor(2) as threads:
         began = time.perf_counter()

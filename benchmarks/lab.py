@@ -341,7 +341,7 @@ class Run:
         """Raise unless every task succeeded."""
         bad = [r for r in self.records if r["type"] == "end" and r["status"] != "success"]
         if bad or not self.records:
-            raise RuntimeError(f"the run failed: {bad}")
+            raise RuntimeError(f"the run failed: {[end.get('result') for end in bad[:1]]}")
 
 
 def run(on: Daemon, method: str, params: dict[str, Any]) -> Run:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
     ("name", "figure"),
     [
         ("restore", "restore, HTTPS: whole run"),
+        ("incremental", "merge of 25 % into a directory, each block"),
         ("nbd", "NBD over TLS"),
         ("listing", "listing 40 backups of 4 VMs, cached"),
         ("waiters", "50 waiters: change to the last answer"),

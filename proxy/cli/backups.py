@@ -1,4 +1,4 @@
-"""``xo-proxy backups``: list, restore and delete what a remote holds, through the daemon."""
+"""``xo-proxy backups``: list, verify, restore and delete what a remote holds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from proxy.cli.client import Client, Stream, connection
 from proxy.cli.failures import Failure
+from proxy.cli.verifying import verify
 from proxy.cli.views import Note
 
 REMOTE = "remote"
@@ -30,6 +31,9 @@ def backups(client: Client) -> None:
 
     The connection given here is the default of the subcommands.
     """
+
+
+backups.add_command(verify)
 
 
 @backups.command("list")

@@ -70,9 +70,8 @@ def destroy(client: Client, task_id: str) -> None:
 @connection
 def show(client: Client, task_id: str) -> None:
     """Show a task with its subtasks."""
-    console = Console()
     for line in outline(TaskView.read(client.scalar("task.get", {"taskId": task_id}))):
-        console.print(line, highlight=False, markup=False)
+        click.echo(line)
 
 
 def table(found: list[TaskView]) -> Table:
@@ -90,8 +89,13 @@ def table(found: list[TaskView]) -> Table:
 
 
 def outline(task: TaskView, depth: int = 0) -> list[str]:
-    """One line a task, children indented below, errors and warnings beside."""
-    lines = ["  " * depth + task.summary]
+    """One line a task, children indented below, errors and warnings beside.
+
+    An error that came from a child stands there only.
+    """
+    below = {child.data.error.message for child in task.tasks if child.data.error is not None}
+    told = task.data.error is not None and task.data.error.message in below
+    lines = ["  " * depth + (task.standing if told else task.summary)]
     inner = "  " * (depth + 1)
     lines += [f"{inner}warning: {warning.message}" for warning in task.data.warnings]
     for child in task.tasks:

@@ -67,9 +67,15 @@ class TaskView(msgspec.Struct):
         return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
     @property
-    def summary(self) -> str:
-        """One line: what, how it stands, why it failed."""
+    def standing(self) -> str:
+        """One line: what, and how it stands."""
         line = f"{self.title}: {self.status} {self.duration}".rstrip()
         if self.status == "pending" and self.data.transfer is not None:
             line += f" {self.data.progress:.0f} %"
+        return line
+
+    @property
+    def summary(self) -> str:
+        """One line: what, how it stands, why it failed."""
+        line = self.standing
         return f"{line} ({self.data.error.message})" if self.data.error else line

@@ -23,7 +23,7 @@ def settle_bitmap(stored: memoryview, length: int, *, is_differencing: bool) -> 
         if start >= 0 and is_differencing:
             raise Corrupt(
                 "a block of a differencing disk holds some sectors only",
-                data={"what": "bitmap", "sector": start},
+                data={"what": "partial block", "sector": start},
             )
         while start >= 0:
             end = bits.find("1", start)

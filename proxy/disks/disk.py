@@ -9,6 +9,7 @@ and VHD directories without being copied or joined.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -40,9 +41,11 @@ class Blocks:
 
     @classmethod
     def of(cls, indexes: Iterable[int], count: int) -> Blocks:
-        """Raises ``IndexError`` for an index that is not below ``count``."""
+        """Raises ``IndexError`` for an index that is negative or not below ``count``."""
         flags = bytearray(count)
         for index in indexes:
+            if index < 0:
+                raise IndexError(f"there is no block {index}")
             flags[index] = 1
         return cls(bytes(flags))
 
@@ -89,7 +92,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block on its way.  Whoever has it last calls ``buffer.release()``."""
+    """One block on its way.  Whoever has it last calls :meth:`release`."""
 
     index: int
     buffer: Buffer
@@ -103,6 +106,10 @@ class Block:
     def data(self) -> memoryview:
         return self.buffer.memory[BITMAP_SIZE:]
 
+    def release(self) -> None:
+        """This holder is done with it; the last one gives the buffer back."""
+        self.buffer.release()
+
 
 class BlockReader(Protocol):
     """Blocks in the order in which they come; used by one task."""
@@ -111,7 +118,8 @@ class BlockReader(Protocol):
         """The next block, ``None`` behind the last.
 
         Each present block comes exactly once.  Raises what reading raises: ``Corrupt``,
-        ``Unreachable``, ``XapiError``…; ``None`` means that the source confirmed its end.
+        ``Unreachable``, ``XapiError``…, and raises it again whenever it is called after; so
+        ``None`` means that the source confirmed its end.  A cancelled call takes no block.
         """
         ...
 
@@ -124,7 +132,7 @@ class Disk(Protocol):
     """
 
     virtual_size: int
-    """Bytes; a multiple of 512."""
+    """Bytes; whole sectors of 512 in every disk that XAPI knows."""
     is_differencing: bool
     """Blocks that it lacks are those of its parent; otherwise they are zeros."""
     blocks: Blocks
@@ -205,7 +213,9 @@ async def read_in_order(
 ) -> AsyncIterator[BlockReader]:
     """:meth:`Disk.read` for a disk with random access: up to ``depth`` reads at once, in order.
 
-    The first error is raised in its block's turn, after the blocks before it.
+    The first error is raised in its block's turn, after the blocks before it, and ends the
+    reading.  While a block is there to be given, no buffer is waited for: several disks can
+    share a pool without waiting for each other in a ring.
     """
     async with background() as nursery:
         reader = _Ahead(disk, pool, nursery, depth)
@@ -226,37 +236,39 @@ class _Ahead:
         self._nursery = nursery
         self._depth = depth
         self._left = iter(disk.blocks)
-        self._ended = False
-        self._reads: list[_Read] = []
+        self._upcoming = next(self._left, None)
+        self._reads: deque[_Read] = deque()
+        self._failure: Exception | None = None
 
     async def next(self) -> Block | None:
+        if self._failure is not None:
+            raise self._failure
         await self._start()
         if not self._reads:
             return None
         read = self._reads[0]
         await read.done.wait()
-        self._reads.pop(0)
+        self._reads.popleft()
         if read.error is not None:
             read.buffer.release()
+            self._failure = read.error
             raise read.error
         return Block(read.index, read.buffer)
 
     async def _start(self) -> None:
-        while not self._ended and len(self._reads) < self._depth:
-            if self._reads and self._pool.in_use >= self._pool.count:
-                return  # waiting would keep back a block that is there
-            buffer = await self._pool.acquire()
-            index = next(self._left, None)
-            if index is None:
-                self._ended = True
-                buffer.release()
-                return
-            read = _Read(index, buffer)
+        while self._upcoming is not None and len(self._reads) < self._depth:
+            buffer = self._pool.try_acquire()
+            if buffer is None:
+                if self._reads:
+                    return
+                buffer = await self._pool.acquire()
+            read = _Read(self._upcoming, buffer)
+            self._upcoming = next(self._left, None)
             self._reads.append(read)
             self._nursery.start_soon(read.run, self._disk)
 
     def close(self) -> None:
-        """Give back what was read ahead; the reads themselves have been cancelled."""
+        """Give back what was read ahead; reads under way give back theirs when they end."""
         for read in self._reads:
             read.abandoned = True
             if read.done.is_set():

@@ -18,7 +18,6 @@ from proxy.disks.vhd_directory import VhdDirectory
 from proxy.errors import Corrupt, NotFound
 from proxy.formats import vhd_directory
 from proxy.formats.vhd import FULL_BITMAP
-from proxy.remotes import paths
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -114,12 +113,13 @@ class Moving:
 async def _check_files(remote: Remote, disk: VhdDirectory) -> None:
     folder, names = "", frozenset[str]()
     for index in disk.blocks:
-        path = paths.join(disk.path, vhd_directory.block_path(index))
-        if paths.parent(path) != folder:
-            folder, names = paths.parent(path), frozenset[str]()
+        path = f"{disk.path}/{vhd_directory.block_path(index)}"
+        above, _, name = path.rpartition("/")
+        if above != folder:
+            folder, names = above, frozenset[str]()
             with contextlib.suppress(NotFound):
                 names = frozenset(entry.name for entry in await remote.list(folder))
-        if paths.name(path) not in names:
+        if name not in names:
             raise block_missing(path)
 
 

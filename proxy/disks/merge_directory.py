@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from proxy.disks.disk import Blocks
 from proxy.disks.merge_blocks import become, block_missing
@@ -17,6 +17,7 @@ from proxy.runtime.threads import Work, in_thread
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from proxy.disks.disk import RandomDisk
     from proxy.disks.merge_blocks import Moving
     from proxy.formats.vhd import Footer
     from proxy.remotes.interface import Remote
@@ -38,17 +39,15 @@ class DirectoryTarget:
         self.present = len(disk.blocks)
 
     def renames(self, moving: Moving, indexes: Sequence[int]) -> bool:
-        return all(self._source(moving, index) is not None for index in indexes)
+        return all(self._is_renamed(moving.owner(index)) for index in indexes)
+
+    def _is_renamed(self, owner: RandomDisk) -> TypeGuard[VhdDirectory]:
+        return isinstance(owner, VhdDirectory) and owner.compression is self._disk.compression
 
     def _source(self, moving: Moving, index: int) -> str | None:
         """The file to rename, ``None`` when the block must be coded anew."""
         owner = moving.owner(index)
-        if isinstance(owner, VhdDirectory) and owner.compression is self._disk.compression:
-            return paths.join(owner.path, vhd_directory.block_path(index))
-        return None
-
-    def _path(self, index: int) -> str:
-        return paths.join(self._disk.path, vhd_directory.block_path(index))
+        return _block_of(owner, index) if self._is_renamed(owner) else None
 
     async def prepare(self, entries: int, indexes: Iterable[int]) -> None:
         """The header first: a table may be shorter than it says, not longer."""
@@ -68,7 +67,9 @@ class DirectoryTarget:
     async def take(self, moving: Moving, indexes: Sequence[int]) -> int:
         sources = {index: self._source(moving, index) for index in indexes}
         pairs = [
-            (source, self._path(index)) for index, source in sources.items() if source is not None
+            (source, _block_of(self._disk, index))
+            for index, source in sources.items()
+            if source is not None
         ]
         for position in await self._remote.rename_all(pairs):
             await self._check_moved(moving, *pairs[position])
@@ -92,10 +93,14 @@ class DirectoryTarget:
                 data = await in_thread(
                     Work.CPU, vhd_directory.compress_block, self._disk.compression, stored
                 )
-                await batch.write(self._path(index), data)
+                await batch.write(_block_of(self._disk, index), data)
 
             await moving.copy(indexes, store)
             await batch.commit()
 
     async def finish(self, newest: Footer) -> None:
         await self._write(vhd_directory.FOOTER, become(self._disk.footer, newest).pack())
+
+
+def _block_of(disk: VhdDirectory, index: int) -> str:
+    return f"{disk.path}/{vhd_directory.block_path(index)}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from proxy.disks.merge_blocks import become
-from proxy.disks.vhd_file import leave_out_misplaced
+from proxy.disks.vhd_places import leave_out_misplaced
 from proxy.errors import Corrupt, Refused
 from proxy.formats import vhd
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from proxy.disks.disk import Block, Blocks, RandomAccess
-from proxy.disks.vhd_stream import Exact, read_ahead
+from proxy.disks.streaming import Exact, read_ahead
 from proxy.errors import Corrupt
 from proxy.formats import qcow2
 from proxy.formats.qcow2_layout import Layout, image_size
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from proxy.disks.disk import BlockReader, Disk, RandomDisk
-    from proxy.disks.vhd_stream import ByteSource
+    from proxy.disks.streaming import ByteSource
     from proxy.formats.qcow2 import ClusterMap, Header, Table
     from proxy.runtime.buffers import BufferPool
 
@@ -70,7 +70,7 @@ class Qcow2Stream:
                 try:
                     await self._lay_over(block.data, placement)
                 except BaseException:
-                    block.buffer.release()
+                    block.release()
                     raise
                 await give(block)
         await self._stream.drain()
@@ -122,7 +122,7 @@ async def open_qcow2_stream(
     """
     stream = Exact(source, "qcow2")
     head = bytearray(qcow2.HEADER_SIZE)
-    await stream.fill(memoryview(head))
+    await stream.begin(memoryview(head))
     header = qcow2.Header.parse(memoryview(head))
     stream.largest_gap = header.longest
     if is_differencing is None:
@@ -194,7 +194,7 @@ async def send_qcow2(
                     raise ValueError(f"block {block.index} is not the one announced")
                 await sink(block.data[: layout.length_of(block.index)])
             finally:
-                block.buffer.release()
+                block.release()
     if (missing := next(expected, None)) is not None:
         raise Corrupt(
             f"the disk ended before its block {missing}",

@@ -17,7 +17,7 @@ import trio
 from proxy.disks.alias import LONGEST, data_path, is_alias, parse_alias, read_alias, write_alias
 from proxy.disks.bitmap import settle_bitmap
 from proxy.disks.disk import Blocks, RandomAccess, block_count, length_of, naming
-from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
+from proxy.errors import Conflict, Corrupt, NotFound, ProxyError
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
@@ -244,7 +244,7 @@ class _Writer:
             if not (0 <= block.index < len(self._missing) and self._missing[block.index]):
                 raise ValueError(f"block {block.index} was not announced, or comes twice")
         except BaseException:
-            block.buffer.release()
+            block.release()
             raise
         self._missing[block.index] = 0
         self._under_way += 1
@@ -260,7 +260,7 @@ class _Writer:
             except Exception as error:  # noqa: BLE001 (told by the next call)
                 self._error = self._error or error
             finally:
-                block.buffer.release()
+                block.release()
                 self._under_way -= 1
                 if self._under_way == 0:
                     self._drained.set()
@@ -305,22 +305,13 @@ class _Writer:
         """Give back the blocks that nobody will store; the workers have ended."""
         with contextlib.suppress(trio.WouldBlock):
             while True:
-                self._receive.receive_nowait().buffer.release()
+                self._receive.receive_nowait().release()
 
 
 def _chunks(shape: Shape, flags: bytes, compression: Compression) -> dict[str, bytes]:
     """Everything of the directory but its blocks, as stored, by name."""
-    count = len(flags)
-    disk_type = vhd.DiskType.DIFFERENCING if shape.is_differencing else vhd.DiskType.DYNAMIC
-    footer = vhd.Footer.make(shape.virtual_size, disk_type, shape.uuid, timestamp=shape.timestamp)
-    header = vhd.Header(
-        max_entries=count, parent_uuid=shape.parent_uuid, parent_name=shape.parent_name
-    )
-    table = vhd_directory.pack_table(flags, count)
-    try:
-        chunks = {"header": header.pack(), "footer": footer.pack(), "bat": table}
-    except ValueError as error:
-        raise Refused(str(error), code="EINVAL") from error
+    table = vhd_directory.pack_table(flags, len(flags))
+    chunks = {"header": shape.pack_header(), "footer": shape.pack_footer(), "bat": table}
     stored = {name: vhd_directory.compress(compression, data) for name, data in chunks.items()}
     filters = vhd_directory.pack_filters(compression)
     return stored if filters is None else {**stored, vhd_directory.FILTERS: filters}

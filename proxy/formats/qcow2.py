@@ -12,6 +12,7 @@ are written but never read: they matter to those who write into an image.
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 from array import array
@@ -52,6 +53,10 @@ _OFFSET: Final = 0x00FF_FFFF_FFFF_FE00
 """Bits 9 to 55 of an entry."""
 _L1_RESERVED: Final = ~(COPIED | _OFFSET)
 _L2_RESERVED: Final = ~(COPIED | _COMPRESSED | _OFFSET | _ZERO)
+
+_ROW: Final = 32
+"""Entries that are looked at together."""
+_ONE: Final = ord("1")
 
 _CORRUPT, _EXTERNAL, _EXTENDED = 1 << 1, 1 << 2, 1 << 4
 _KNOWN: Final = 0b11111
@@ -253,32 +258,39 @@ def parse_l2(data: bytes | memoryview, header: Header, number: int, offset: int)
     once.
     """
     size = header.cluster_size
-    entries = _words(data)[: header.clusters - number * header.table_entries]
-    held = bytearray(b"0" * len(entries))
+    raw = bytes(data)
+    wanted = min(header.table_entries, header.clusters - number * header.table_entries)
+    held = bytearray(b"0" * wanted)
     zeros = bytearray(held)
     jumps, offsets = array("I"), array("Q")
     count = 0
     end = 0
-    follows = COPIED
-    for place, entry in enumerate(entries):
-        if not entry:
+    for first in range(0, wanted, _ROW):
+        last = min(first + _ROW, wanted)
+        part = raw[8 * first : 8 * last]
+        if part.count(0) == len(part):
             continue
-        if entry != follows or not count:
+        if count and part == row(end | COPIED, last - first, size):  # as nearly all are
+            held[first:last] = b"1" * (last - first)
+            count += last - first
+            end += (last - first) * size
+            continue
+        for place, entry in enumerate(_words(part), first):
+            if not entry:
+                continue
             at = offset + 8 * place
             where = _parse_entry(header, entry, at)
             if where is None:
-                zeros[place] = 49
+                zeros[place] = _ONE
                 continue
             if where < end:
                 raise _corrupt("cluster order", f"a cluster at {where:#x} comes late", at)
             if where != end or not count:
                 jumps.append(count)
                 offsets.append(where)
-                end = where
-        end += size
-        follows = end | COPIED
-        held[place] = 49
-        count += 1
+            held[place] = _ONE
+            count += 1
+            end = where + size
     if end > header.longest:
         raise _corrupt("L2 entry", f"{end:#x} lies outside of the image", offset)
     return Table(_bits(held), _bits(zeros), jumps, offsets, end)
@@ -436,6 +448,20 @@ def _ones(bits: int) -> Iterator[tuple[int, int]]:
         yield done + skip, count
         bits >>= count
         done += skip + count
+
+
+def row(first: int, count: int, size: int) -> bytes:
+    """``count`` entries from ``first`` on, each ``size`` above the one before."""
+    ones, steps = _lanes(count, size)
+    return (first * ones + steps).to_bytes(8 * count, "big")
+
+
+@functools.lru_cache(maxsize=64)
+def _lanes(count: int, size: int) -> tuple[int, int]:
+    """1, 1, … and 0, ``size``, 2 ``size``, … as words of one number."""
+    ones = int.from_bytes((1).to_bytes(8, "big") * count, "big")
+    steps = b"".join((size * number).to_bytes(8, "big") for number in range(count))
+    return ones, int.from_bytes(steps, "big")
 
 
 def _words(data: bytes | memoryview) -> array[int]:

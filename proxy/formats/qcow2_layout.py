@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from typing import TYPE_CHECKING
 
-from proxy.formats.qcow2 import CLUSTER_BITS, COPIED, Header
+from proxy.formats.qcow2 import CLUSTER_BITS, COPIED, Header, row
 from proxy.formats.vhd import BLOCK_SIZE, blocks_of
 
 if TYPE_CHECKING:
@@ -100,37 +99,32 @@ class Layout:
         entries = self._cluster // 8
         for first in range(0, counts.refcount_blocks, entries):
             count = min(entries, counts.refcount_blocks - first)
-            yield self._padded(_packed(self._offsets(blocks_at + first, count)))
+            yield self._padded(self._entries(blocks_at + first, count))
         for first in range(0, counts.total, self._cluster // 2):
             yield self._padded(b"\0\1" * min(self._cluster // 2, counts.total - first))
-        l1 = array("Q", bytes(self._cluster))
-        l2_at = l1_at + 1
-        for place, number in enumerate(counts.used):
-            l1[number] = (l2_at + place) * self._cluster | COPIED
-        yield _packed(l1)
+        l1 = bytearray(self._cluster)
+        for place, number in enumerate(counts.used, l1_at + 1):
+            l1[8 * number : 8 * number + 8] = self._entries(place, 1, COPIED)
+        yield bytes(l1)
         for number in counts.used:
             yield self._l2(number)
 
     def _l2(self, number: int) -> bytes:
-        entries = self._cluster // 8
-        table = array("Q", bytes(self._cluster))
-        first = number * entries // self._per_block
-        for nth, place in enumerate(self._places[first : first + entries // self._per_block]):
-            if place:
-                count = self.length_of(first + nth) // self._cluster
-                at = nth * self._per_block
-                table[at : at + count] = self._offsets(place, count, COPIED)
-        return _packed(table)
+        blocks = self._cluster // 8 // self._per_block
+        first = number * blocks
+        absent = bytes(8 * self._per_block)
+        return self._padded(
+            b"".join(
+                self._entries(place, self.length_of(index) // self._cluster, COPIED)
+                if place
+                else absent
+                for index, place in enumerate(self._places[first : first + blocks], first)
+            )
+        )
 
-    def _offsets(self, first: int, count: int, flags: int = 0) -> array[int]:
-        start, end = first * self._cluster | flags, (first + count) * self._cluster | flags
-        return array("Q", range(start, end, self._cluster))
+    def _entries(self, first: int, count: int, flags: int = 0) -> bytes:
+        """Entries of clusters that follow each other."""
+        return row(first * self._cluster | flags, count, self._cluster)
 
     def _padded(self, data: bytes) -> bytes:
         return data.ljust(self._cluster, b"\0")
-
-
-def _packed(words: array[int]) -> bytes:
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tobytes()

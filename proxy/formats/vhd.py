@@ -16,12 +16,15 @@ import math
 import struct
 import sys
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from proxy.errors import Corrupt
+from proxy.errors import Corrupt, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SECTOR: Final = 512
 FOOTER_SIZE: Final = 512
@@ -42,8 +45,10 @@ LONGEST_NAME: Final = 256
 """UTF-16 code units of a parent's name."""
 MAX_ENTRIES: Final = 64 * 1024 * 1024
 """Blocks of the largest disk that is read (128 TiB): bounds what hostile headers cost."""
+MAX_BLOCKS: Final = UNUSED // (STORED_BLOCK // SECTOR) + 1
+"""Blocks that a table can give a place of their own: about 2 TiB."""
 
-_EPOCH_TAIL: Final = 428
+_TAIL: Final = 428
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16s428s")
 _HEADER = struct.Struct(">8sQQIIII16sII512s192s256s")
 _FOOTER_COOKIE: Final = b"conectix"
@@ -97,7 +102,7 @@ class Footer:
     creator_application: bytes = b"xo  "
     creator_version: int = 0
     creator_host_os: bytes = b"Wi2k"
-    tail: bytes = field(default=bytes(_EPOCH_TAIL), repr=False)
+    tail: bytes = field(default=bytes(_TAIL), repr=False)
     """Saved state, hidden flag and reserved bytes."""
 
     @classmethod
@@ -310,7 +315,7 @@ def parse_table(data: bytes | memoryview, entries: int) -> array[int]:
     if len(data) < 4 * entries:
         raise _corrupt("table cut", f"the table has {len(data) // 4} of {entries} entries", 0)
     table = array("I")
-    table.frombytes(bytes(data[: 4 * entries]))
+    table.frombytes(memoryview(data)[: 4 * entries])
     if sys.byteorder == "little":
         table.byteswap()
     return table
@@ -325,17 +330,52 @@ def pack_table(table: array[int]) -> bytes:
 
 
 def empty_table(entries: int) -> array[int]:
-    return array("I", b"\xff" * (4 * entries))
+    return array("I", [UNUSED]) * entries
+
+
+def sequential_table(order: Iterable[int], entries: int) -> array[int]:
+    """The table of a file whose blocks follow it one after another in this ``order``.
+
+    ``ValueError`` for a block that comes twice or is none of ``entries``; ``Refused``
+    (``EFBIG``) when the last one's place is above what a table can tell.
+    """
+    table = empty_table(entries)
+    sector = (TABLE_OFFSET + table_size(entries)) // SECTOR
+    for index in order:
+        if not 0 <= index < entries or table[index] != UNUSED:
+            raise ValueError(f"block {index} comes twice, or is none of {entries}")
+        if sector >= UNUSED:
+            raise Refused(
+                "the blocks of this disk have more than the 2 TiB that a VHD file can hold",
+                code="EFBIG",
+                data={"size": sector * SECTOR},
+            )
+        table[index] = sector
+        sector += STORED_BLOCK // SECTOR
+    return table
+
+
+_PER_PIECE: Final = 1 << 18
+_NOT_ONES: Final = b"\1" * 255 + b"\0"
+
+
+def present_flags(table: array[int]) -> bytes:
+    """One byte an entry: 1 where its block is there, else 0."""
+    flags = bytearray()
+    for first in range(0, len(table), _PER_PIECE):  # a piece at a time bounds the memory
+        # An entry is used when one of its bytes is not all ones; ``or`` over all entries at
+        # once, as large integers: a table of a million entries takes milliseconds.
+        lanes = table[first : first + _PER_PIECE].tobytes().translate(_NOT_ONES)
+        used = 0
+        for lane in range(4):
+            used |= int.from_bytes(lanes[lane::4], "little")
+        flags += used.to_bytes(len(lanes) // 4, "little")
+    return bytes(flags)
 
 
 def stream_size(entries: int, present: int) -> int:
     """Bytes of a VHD file with ``present`` of ``entries`` blocks, as this daemon lays it out."""
     return TABLE_OFFSET + table_size(entries) + present * STORED_BLOCK + FOOTER_SIZE
-
-
-def with_parent(header: Header, *, name: str, uuid: UUID) -> Header:
-    """``header`` with another parent."""
-    return replace(header, parent_name=name, parent_uuid=uuid)
 
 
 def _with_checksum(data: bytes, at: int) -> bytes:

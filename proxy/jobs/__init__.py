@@ -2,5 +2,13 @@
 
 from proxy.jobs.requests import BackupRequest, RestoreRequest
 from proxy.jobs.services import Services, open_services
+from proxy.jobs.verify_run import VerifyRequest, VerifyRun
 
-__all__ = ["BackupRequest", "RestoreRequest", "Services", "open_services"]
+__all__ = [
+    "BackupRequest",
+    "RestoreRequest",
+    "Services",
+    "VerifyRequest",
+    "VerifyRun",
+    "open_services",
+]

@@ -9,10 +9,12 @@ from proxy.jobs.disk_snapshots import chain_length, newest_exported
 from proxy.repository.parents import NoParent, Parent, find_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.jobs.disk_snapshots import DiskSnapshot, Group
     from proxy.jobs.targets import RemoteTarget
+    from proxy.remotes import Remote
+    from proxy.repository.damage import Damage, DamageNotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ async def choose(
     vm_uuid: str,
     job_id: str,
     full_interval: int,
+    damage: Callable[[Remote], DamageNotes],
 ) -> dict[str, Choice]:
     """For each live disk (uuid) what it is backed up from.
 
     ``groups`` are the job's snapshots, oldest first.  A disk is a delta only if every target
     has its base as the youngest disk of a chain that can be read.  An error of a target's
     storage counts as a refusal, with the error as evidence: the full backup that follows will
-    tell it.
+    tell it.  So does what ``damage`` says of the chain.
     """
     group = newest_exported(groups)
     if not group:
@@ -59,6 +62,7 @@ async def choose(
     length = chain_length(group)
     by_disk = {one.source_uuid: one for one in group}
     found: dict[str, Choice] = {}
+    damaged = {target.id: await damage(target.remote).all() for target in targets}
     for disk in disks:
         snapshot = by_disk.get(disk)
         if snapshot is None:
@@ -74,7 +78,7 @@ async def choose(
                 {"fullInterval": full_interval, "chainLength": length},
             )
         else:
-            found[disk] = await _on_all(snapshot, disk, targets, vm_uuid, job_id)
+            found[disk] = await _on_all(snapshot, disk, targets, damaged, vm_uuid, job_id)
     return found
 
 
@@ -82,12 +86,15 @@ async def _on_all(
     snapshot: DiskSnapshot,
     disk: str,
     targets: Sequence[RemoteTarget],
+    damaged: Mapping[str, Mapping[str, Damage]],
     vm_uuid: str,
     job_id: str,
 ) -> Choice:
     parents: dict[str, Parent] = {}
     for target in targets:
-        parent = await find_parent(target.remote, vm_uuid, job_id, disk, snapshot.uuid)
+        parent = await find_parent(
+            target.remote, vm_uuid, job_id, disk, snapshot.uuid, damaged=damaged[target.id]
+        )
         if isinstance(parent, NoParent):
             return Whole(parent.reason, parent.message, {**parent.evidence, "remote": target.id})
         parents[target.id] = parent

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import trio
 
@@ -73,19 +73,26 @@ class Check:
         return self._md5.digest()
 
 
-class Consumer:
-    """One end of a :class:`FanOut`; used by one task."""
+class Held(Protocol):
+    """Something that is shared by several consumers and given back by each."""
+
+    def release(self) -> None: ...
+
+
+T = TypeVar("T", bound=Held)
+
+
+class Lane(Generic[T]):
+    """One consumer's end of a fan-out; used by one task."""
 
     def __init__(self, capacity: int) -> None:
-        self.busy = 0.0
-        """Seconds spent with buffers in hand."""
-        self._send, self._receive = trio.open_memory_channel[Buffer](capacity)
+        self._send, self._receive = trio.open_memory_channel[T](capacity)
         self._failure: Exception | None = None
 
-    async def next(self) -> Buffer | None:
-        """The next buffer, to be used in :meth:`using`; ``None`` at the confirmed end.
+    async def next(self) -> T | None:
+        """What comes next, to be released by the consumer; ``None`` at the confirmed end.
 
-        Raises the source's error where the stream broke.
+        Raises the source's error where it broke.
         """
         try:
             return await self._receive.receive()
@@ -93,6 +100,35 @@ class Consumer:
             if self._failure is not None:
                 raise self._failure from None
             return None
+
+    def give(self, item: T) -> bool:
+        """Whether the consumer is still there; never blocks: the channel holds the whole pool."""
+        try:
+            self._send.send_nowait(item)
+        except trio.BrokenResourceError:
+            return False
+        return True
+
+    def end(self, failure: Exception | None) -> None:
+        """Nothing more comes; with ``failure`` it was not all."""
+        self._failure = failure
+        self._send.close()
+
+    def leave(self) -> None:
+        """Want nothing more; what is queued goes back to the pool."""
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
+            while True:
+                self._receive.receive_nowait().release()
+        self._receive.close()
+
+
+class Consumer(Lane[Buffer]):
+    """One end of a :class:`FanOut`."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.busy = 0.0
+        """Seconds spent with buffers in hand."""
 
     @contextlib.contextmanager
     def using(self, buffer: Buffer) -> Iterator[memoryview]:
@@ -103,26 +139,6 @@ class Consumer:
         finally:
             buffer.release()
             self.busy += trio.current_time() - began
-
-    def give(self, buffer: Buffer) -> bool:
-        """Whether the consumer is still there; never blocks: the channel holds the whole pool."""
-        try:
-            self._send.send_nowait(buffer)
-        except trio.BrokenResourceError:
-            return False
-        return True
-
-    def end(self, failure: Exception | None) -> None:
-        """No more buffers; with ``failure`` the stream was not complete."""
-        self._failure = failure
-        self._send.close()
-
-    def leave(self) -> None:
-        """Want nothing more; what is queued goes back to the pool."""
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                self._receive.receive_nowait().release()
-        self._receive.close()
 
 
 class _Checking:

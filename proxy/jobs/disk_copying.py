@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from proxy.jobs.copying import NoConsumers
+from proxy.disks.disk import Block
+from proxy.formats.checksums import MOST_BLOCKS, BlockSums, block_digest
+from proxy.jobs.copying import Lane, NoConsumers
+from proxy.runtime.background import background
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from proxy.disks.disk import Block, Disk
+    from proxy.disks.disk import Disk
     from proxy.disks.writing import DiskWriter
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
 
 
-class DiskConsumer:
-    """One writer's end of a :class:`DiskFanOut`; used by one task."""
+_AT_ONCE: Final = 4
+"""Blocks whose checksums are taken in one go: under a millisecond."""
 
-    def __init__(self, capacity: int) -> None:
-        self._send, self._receive = trio.open_memory_channel["Block"](capacity)
-        self._failure: Exception | None = None
+
+class DiskConsumer(Lane[Block]):
+    """One writer's end of a :class:`DiskFanOut`."""
+
+    def __init__(self, capacity: int, sums: BlockSums | None = None) -> None:
+        super().__init__(capacity)
+        self.sums = sums
+        """Of all blocks, complete when :meth:`store` commits; ``None``: none are taken."""
         self.waited = 0.0
         """Seconds spent in the writer."""
 
@@ -32,7 +41,7 @@ class DiskConsumer:
 
         Raises the source's error where the disk broke, and then commits nothing.
         """
-        while (block := await self._next()) is not None:
+        while (block := await self.next()) is not None:
             size = len(block.data)
             began = trio.current_time()
             await writer.write(block)
@@ -42,44 +51,22 @@ class DiskConsumer:
         await writer.commit()
         self.waited += trio.current_time() - began
 
-    async def _next(self) -> Block | None:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            if self._failure is not None:
-                raise self._failure from None
-            return None
-
-    def give(self, block: Block) -> bool:
-        """Whether the writer is still there; never blocks: the channel holds the whole pool."""
-        try:
-            self._send.send_nowait(block)
-        except trio.BrokenResourceError:
-            return False
-        return True
-
-    def end(self, failure: Exception | None) -> None:
-        """No more blocks; with ``failure`` the disk was not complete."""
-        self._failure = failure
-        self._send.close()
-
-    def leave(self) -> None:
-        """Want nothing more; what is queued goes back to the pool."""
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError):
-            while True:
-                self._receive.receive_nowait().buffer.release()
-        self._receive.close()
-
 
 class DiskFanOut:
-    """Reads ``disk`` once.  Consumers are made before :meth:`run`."""
+    """Reads ``disk`` once.  Consumers are made before :meth:`run`.
 
-    def __init__(self, disk: Disk, pool: BufferPool, rate: RateLimit | None) -> None:
+    ``capacity`` is the number of buffers of the pool that it will run with.
+    """
+
+    def __init__(self, disk: Disk, capacity: int, rate: RateLimit | None) -> None:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
-        self._pool = pool
+        self.sums = BlockSums(disk.blocks.count) if disk.blocks.count <= MOST_BLOCKS else None
+        """Of the blocks that have passed."""
+        self._capacity = capacity
         self._rate = rate
+        self._hasher = None if self.sums is None else _Hasher(self.sums, capacity)
         self._made: list[DiskConsumer] = []
         self._consumers: list[DiskConsumer] = []
 
@@ -89,30 +76,37 @@ class DiskFanOut:
         return max((each.waited for each in self._made), default=0.0)
 
     def consumer(self) -> DiskConsumer:
-        made = DiskConsumer(self._pool.count)
+        made = DiskConsumer(self._capacity, self.sums)
         self._made.append(made)
         self._consumers.append(made)
         return made
 
-    async def run(self) -> None:
-        """Read to the confirmed end.
+    async def run(self, pool: BufferPool) -> None:
+        """Read to the confirmed end, with buffers of ``pool``, which is not kept.
 
         An error of the source reaches every consumer and is raised; so is ``NoConsumers`` when
         the last of them left.
         """
         failure: Exception | None = NoConsumers()  # also what a cancel leaves
         try:
-            await self._pump()
+            async with background() as nursery:
+                if self._hasher is not None:
+                    nursery.start_soon(self._hasher.work)
+                await self._pump(pool)
+                if self._hasher is not None:
+                    await self._hasher.finish()
             failure = None
         except Exception as error:
             failure = error
             raise
         finally:
+            if self._hasher is not None:
+                self._hasher.leave()
             for consumer in self._made:
                 consumer.end(failure)
 
-    async def _pump(self) -> None:
-        async with self.disk.read(self._pool) as reader:
+    async def _pump(self, pool: BufferPool) -> None:
+        async with self.disk.read(pool) as reader:
             while True:
                 began = trio.current_time()
                 block = await reader.next()
@@ -126,11 +120,54 @@ class DiskFanOut:
 
     def _distribute(self, block: Block) -> None:
         # one share is ours and goes last: nobody frees the buffer while it is given out
-        block.buffer.share(len(self._consumers) + 1)
+        block.buffer.share(len(self._consumers) + (1 if self._hasher is None else 2))
+        if self._hasher is not None:
+            self._hasher.give(block)
         for consumer in list(self._consumers):
             if not consumer.give(block):
-                block.buffer.release()
+                block.release()
                 self._consumers.remove(consumer)
-        block.buffer.release()
+        block.release()
         if not self._consumers:
             raise NoConsumers
+
+
+class _Hasher:
+    """Takes the checksum of each block once for all writers, beside them."""
+
+    def __init__(self, sums: BlockSums, capacity: int) -> None:
+        self._sums = sums
+        self._send, self._receive = trio.open_memory_channel["Block"](capacity)
+        self._finished = trio.Event()
+
+    def give(self, block: Block) -> None:
+        """Takes over a share of the block; never blocks: the channel holds the whole pool."""
+        self._send.send_nowait(block)
+
+    async def finish(self) -> None:
+        """Every block that was given is counted when this returns."""
+        self._send.close()
+        await self._finished.wait()
+
+    async def work(self) -> None:
+        async for block in self._receive:
+            blocks = [block]
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while len(blocks) < _AT_ONCE:
+                    blocks.append(self._receive.receive_nowait())
+            try:
+                await in_thread(Work.CPU, self._hash, blocks)
+            finally:
+                for each in blocks:
+                    each.release()
+        self._finished.set()
+
+    def _hash(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            self._sums[block.index] = block_digest(block.data)
+
+    def leave(self) -> None:
+        """Give back what nobody will count; the worker has ended."""
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                self._receive.receive_nowait().release()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import trio
 
-from proxy.errors import Canceled, Many, ProxyError
+from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, write_full
+from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, to_try_again, write_full
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.repository import clean_vm
 from proxy.runtime.buffers import BufferPool
@@ -168,17 +168,7 @@ async def _export(
                 broken = error
     if broken is not None:
         raise broken
-    if len(errors) < len(targets):
-        return [
-            target_id
-            for target_id, error in errors.items()
-            if target_id not in backup.stored and not isinstance(error, Canceled)
-        ]
-    if len(targets) == 1:
-        raise next(iter(errors.values()))
-    if all(isinstance(error, Canceled) for error in errors.values()):
-        raise Canceled("every target was canceled")
-    raise Many.all_targets("writer.run()", list(errors.values()))
+    return to_try_again(errors, backup.stored, len(targets), step="writer.run()")
 
 
 async def _one_target(

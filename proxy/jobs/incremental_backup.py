@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from proxy.disks.disk import block_pool
-from proxy.errors import Canceled, Many, ProxyError
+from proxy.disks.opening import open_chain
+from proxy.disks.qcow2_stream import Qcow2Stream
+from proxy.errors import ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
@@ -20,7 +22,7 @@ from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disk
 from proxy.jobs.incremental_target import DiskPart, IncrementalCopy, IncrementalTarget, Progress
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.targets import RemoteTarget, now_ms
+from proxy.jobs.targets import RemoteTarget, now_ms, to_try_again
 from proxy.jobs.undo import undo_step
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.repository import clean_vm
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from proxy.runtime.buffers import BufferPool
     from proxy.tasks import Task
 
+_SETTLE_SECONDS = 600.0
 _BUFFERS = 10
 """Of 2 MiB, per VM over all its disks: four read ahead, the others in codecs and on disks."""
 
@@ -107,24 +110,16 @@ class _Attempt:
         """Set when a target has its backup, or failed."""
         self._runs: list[IncrementalTarget] = []
         self._fan_outs: list[DiskFanOut] = []
-        self._stored: set[str] = set()
+        self._stored = backup.stored
         self._ways: dict[str, dict[str, Any]] = {}
         self._exported: list[ExportedDisk] = []
         self._lengths: dict[str, int] = {}
 
     def outcome(self) -> list[str]:
         """The ids of the targets that are to be tried again; raises when all failed."""
-        if len(self._errors) < len(self._targets) or self._stored:
-            return [
-                target_id
-                for target_id, error in self._errors.items()
-                if target_id not in self._stored and not isinstance(error, Canceled)
-            ]
-        if len(self._targets) == 1:
-            raise next(iter(self._errors.values()))
-        if all(isinstance(error, Canceled) for error in self._errors.values()):
-            raise Canceled("every target was canceled")
-        raise Many.all_targets("writer.transfer()", list(self._errors.values()))
+        return to_try_again(
+            self._errors, self._stored, len(self._targets), step="writer.transfer()"
+        )
 
     def finish(self) -> None:
         """Let the targets end; what is not complete by now never will be."""
@@ -151,6 +146,7 @@ class _Attempt:
                 vm_uuid=backup.uuid,
                 job_id=backup.job.id,
                 full_interval=int(backup.settings.full_interval),
+                damage=backup.damage,
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
             await self._prune(include_unfinished=True)
@@ -183,12 +179,24 @@ class _Attempt:
             try:
                 yield ref
             finally:
+                await self._settle()
                 if self._stored:
                     async with undo_step("mark the snapshot as exported", DESTROY_SECONDS):
                         await self._mark_exported(ref)
             if not self._stored:
                 self.outcome()  # raises: the snapshot is nobody's base
                 raise NoConsumers
+
+    async def _settle(self) -> None:
+        """Know of every target whether it has its backup.
+
+        One that is writing its metadata when the run is cancelled goes on to the outcome: whether
+        the snapshot is a base is not known before.
+        """
+        async with undo_step("wait for the targets", _SETTLE_SECONDS):
+            for run in self._runs:
+                run.end(complete=False)
+                await self._ended[run.id].wait()
 
     async def _mark_exported(self, ref: str) -> None:
         """Make the snapshot the base of the next run; each disk knows the length of its chain."""
@@ -386,22 +394,32 @@ class _Attempt:
         )
         if all(run.failed for run in self._runs):
             raise NoConsumers
-        async with export_vdi(
-            self._xapi,
-            exported.ref,
-            exported.vdi,
-            None if base is None else base.snapshot.ref,
-            options,
-        ) as opened:
+        async with contextlib.AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(
+                export_vdi(
+                    self._xapi,
+                    exported.ref,
+                    exported.vdi,
+                    None if base is None else base.snapshot.ref,
+                    options,
+                )
+            )
+            if base is not None and isinstance(opened.disk, Qcow2Stream) and opened.disk.partial:
+                # Its clusters are smaller than our blocks: the rest of a block is the base's.
+                target = self._targets[0]
+                stored = base.parents[target.id].path
+                opened.disk.parent = await stack.enter_async_context(
+                    open_chain(target.remote, stored)
+                )
             self._note(copy, exported, base, opened)
-            fan_out = DiskFanOut(opened.disk, pool, self._backup.rate)
+            fan_out = DiskFanOut(opened.disk, pool.count, self._backup.rate)
             self._fan_outs.append(fan_out)
             differencing = opened.disk.is_differencing
             for run in self._runs:
                 if not run.failed:
                     parent = base.parents[run.id] if base is not None and differencing else None
                     run.give(DiskPart(exported, opened.disk, parent, fan_out.consumer()))
-            await fan_out.run()
+            await fan_out.run(pool)
 
     def _note(
         self,

@@ -11,7 +11,7 @@ import trio
 
 from proxy.disks.disk import block_pool
 from proxy.disks.opening import open_chain
-from proxy.errors import Corrupt
+from proxy.errors import Conflict, Corrupt, NotFound
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.jobs.differential_restore import Nearest, find_nearest
 from proxy.jobs.restored_vm import dress_restored
@@ -130,6 +130,7 @@ class _Restore:
                     await self._attach(disk, vm_ref)
             await self._make_interfaces(vm_ref)
             await self._send_all(transfer, disks, total)
+            await self._refuse_deleted()
             for lost in await vm_create.restore_vtpms(
                 xapi, vm_ref, cast("list[str | None]", self._metadata.get("vtpms") or [])
             ):
@@ -197,6 +198,18 @@ class _Restore:
     def _corrupt(self, what: str) -> Corrupt:
         path = self._record.backup.id
         return Corrupt(f"the metadata of {path} {what}", data={"path": path})
+
+    async def _refuse_deleted(self) -> None:
+        """A backup that is deleted meanwhile may be merged into the next while we read it."""
+        path = self._record.backup.id
+        try:
+            await self._remote.stat(path)
+        except NotFound as error:
+            raise Conflict(
+                f"{path} was deleted while it was restored: nothing was kept of the restore",
+                code="EDELETED",
+                data={"path": path},
+            ) from error
 
     # -- the pool's side ---------------------------------------------------------------------
 

@@ -183,6 +183,7 @@ class IncrementalTarget:
             part.exported.source_uuid,
             shape,
             compression=copy.codec if parent is None else parent.compression,
+            sums=part.consumer.sums,
         ) as stored:
             await part.consumer.store(stored, moved)
 

@@ -15,9 +15,12 @@ from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
 from proxy.jobs.sweep import Sweeper
+from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote
-from proxy.repository import backup_path, read_backup
+from proxy.repository import backup_path, read_backup, vm_directory
+from proxy.repository.damage import DamageNotes
+from proxy.repository.verify import sample_of
 from proxy.runtime import secrets
 from proxy.xapi import Xapi, XapiOptions, connect
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.config import Config
+    from proxy.jobs.verify_run import VerifyRequest
     from proxy.remotes import Remote
     from proxy.tasks import Task, Tasks
 
@@ -89,6 +93,10 @@ class Services:
         )
         return self._xapis.use(_key(spec, options), lambda: connect(options))
 
+    def damage(self, remote: Remote) -> DamageNotes:
+        """What is known to be damaged on ``remote``."""
+        return DamageNotes(self.tasks, remote)
+
     # -- runs --------------------------------------------------------------------------------
 
     def start_backup(self, request: BackupRequest) -> Task:
@@ -147,6 +155,29 @@ class Services:
             "time": record.backup.timestamp,
         }
         return self._start("restore", properties, work)
+
+    async def start_verify(self, request: VerifyRequest) -> VerifyRun:
+        """Begin to look at the backups of a remote.
+
+        A remote that does not open and a ``filename`` or VM that cannot be are raised here and
+        make no task.
+        """
+        self._refuse_when_stopping()
+        secrets.remember_in(dict(request.remote))
+        sample_of(request.level, request.sample, now=0)
+        if request.vm_uuid is not None:
+            vm_directory(request.vm_uuid)
+        async with self.remote(request.remote) as remote:
+            if request.filename is not None:
+                await remote.stat(backup_path(request.filename))
+        run = VerifyRun(request)
+
+        async def work(root: Task) -> dict[str, Any]:
+            async with self.remote(request.remote) as remote:
+                return await run.look(root, remote, self.damage(remote))
+
+        run.begin(lambda work: self._start("verify", request.properties(), work), work)
+        return run
 
     def _start(self, name: str, properties: dict[str, Any], work: Callable[[Task], Any]) -> Task:
         async def counted(root: Task) -> Any:

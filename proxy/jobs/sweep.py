@@ -159,7 +159,6 @@ class _Sweep:
             }
         )
 
-
     async def _condemn(self, vm: Record) -> None:
         """Make the VM's disks known as unfinished too: should we die after the VM is gone, the
         next sweep finds them."""

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from proxy.errors import Canceled, Many
 from proxy.repository import (
     delete_backups,
     list_vm_backups,
@@ -15,7 +16,7 @@ from proxy.repository import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from proxy.jobs.copying import Consumer
     from proxy.jobs.settings import Settings
@@ -123,6 +124,28 @@ async def delete_old(target: RemoteTarget, vm_uuid: str, old: Sequence[Backup]) 
         await delete_backups(
             target.remote, [backup.id for backup in old], locks={vm_uuid: target.lock}
         )
+
+
+def to_try_again(
+    errors: Mapping[str, Exception], stored: Collection[str], targets: int, *, step: str
+) -> list[str]:
+    """The ids of the targets that failed and are worth another attempt.
+
+    That is those without backup, but not one that somebody cancelled.  Raises when all of the
+    ``targets`` failed, if only after they had their backup: the only one's error, ``Canceled``
+    when each was cancelled, else ``Many`` with upstream's name of the ``step``.
+    """
+    if len(errors) < targets:
+        return [
+            target_id
+            for target_id, error in errors.items()
+            if target_id not in stored and not isinstance(error, Canceled)
+        ]
+    if targets == 1:
+        raise next(iter(errors.values()))
+    if all(isinstance(error, Canceled) for error in errors.values()):
+        raise Canceled("every target was canceled")
+    raise Many.all_targets(step, list(errors.values()))
 
 
 def now_ms() -> int:

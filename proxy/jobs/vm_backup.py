@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from proxy.jobs.rate_limit import RateLimit
     from proxy.jobs.requests import VmJob
     from proxy.jobs.settings import Settings
+    from proxy.remotes import Remote
+    from proxy.repository.damage import DamageNotes
     from proxy.tasks import Task
     from proxy.xapi import Xapi
 
@@ -43,6 +45,7 @@ class VmBackup:
     run_id: str
     installation: str
     is_live_run: Callable[[str], bool]
+    damage: Callable[[Remote], DamageNotes]
     snapshot_name: str
     rate: RateLimit
     xapi: Xapi

@@ -169,6 +169,7 @@ class _VmRun:
             run_id=self._root.id,
             installation=self._services.installation,
             is_live_run=lambda run: self._services.tasks.live(run) is not None,
+            damage=self._services.damage,
             snapshot_name=_fill_template(
                 config.backups.snapshot_name_label_tpl, self._job.name, vm
             ),

@@ -84,6 +84,14 @@ class FileReader(Protocol):
         """``length`` bytes at ``offset``; fewer only past the end."""
         ...
 
+    async def read_into_at(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; fewer bytes only past the end.  Moves no position.
+
+        Several at once are fine.  On an error or a cancel the content of ``buffer`` is undefined,
+        but nothing writes to it any more.
+        """
+        ...
+
 
 class FileEditor(Protocol):
     """An existing file, changed in place; see :meth:`Remote.edit`.  For one task at a time."""

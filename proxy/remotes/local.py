@@ -353,6 +353,13 @@ class _Reader:
 
         return await in_thread(Work.DISK, read)
 
+    async def read_into_at(self, offset: int, buffer: memoryview) -> int:
+        def read() -> int:
+            with self._root.translated("read", self._path):
+                return posix.read_into(self._descriptor, offset, buffer)
+
+        return await in_thread(Work.DISK, read)
+
 
 class _Editor:
     def __init__(self, file: EditedFile) -> None:

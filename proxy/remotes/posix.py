@@ -52,7 +52,10 @@ class Root:
             Path(self._path).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                if not os.access(self._path, os.R_OK | os.W_OK | os.X_OK):
+                # What is mounted read-only can still be restored from; writing it is EROFS.
+                read_only = os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
+                wanted = os.R_OK | os.X_OK | (0 if read_only else os.W_OK)
+                if not os.access(self._path, wanted):
                     raise OSError(errno.EACCES, "permission denied")
                 with os.scandir(descriptor) as names:
                     next(names, None)

@@ -28,7 +28,8 @@ WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 _REPEATABLE = frozenset(
     {
-        *("read_file", "read.open", "read.read_into", "read.read_at", "list", "stat", "info"),
+        *("read_file", "read.open", "read.read_into", "read.read_at", "read.read_into_at"),
+        *("list", "stat", "info"),
         *("write_file", "create.open", "rename", "unlink", "mktree", "rmdir", "rmtree"),
         *("edit.open", "edit.read_into", "edit.write_at", "edit.truncate", "batch.open"),
         *("batch.write", "lock.check"),

@@ -35,10 +35,10 @@ class Operation:
     """One call on a remote, or on a file or lock that it opened.
 
     ``verb`` is the method's name, or one of ``create.open create.write create.commit
-    create.close read.open read.read_into read.read_at edit.open edit.read_into edit.write_at
-    edit.truncate edit.sync batch.open batch.write batch.commit lock.acquire lock.held
-    lock.check lock.release``; ``create.close`` and ``lock.release`` come before the undo or
-    release.
+    create.close read.open read.read_into read.read_at read.read_into_at edit.open
+    edit.read_into edit.write_at edit.truncate edit.sync batch.open batch.write batch.commit
+    lock.acquire lock.held lock.check lock.release``; ``create.close`` and ``lock.release`` come
+    before the undo or release.
     ``path`` is as the caller gave it.
     """
 
@@ -261,6 +261,12 @@ class _Reader:
         return await self._owner.around(
             Operation("read.read_at", self._path, size=length),
             lambda: self._inner.read_at(offset, length),
+        )
+
+    async def read_into_at(self, offset: int, buffer: memoryview) -> int:
+        return await self._owner.around(
+            Operation("read.read_into_at", self._path, size=len(buffer)),
+            lambda: self._inner.read_into_at(offset, buffer),
         )
 
 

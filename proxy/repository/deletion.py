@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.repository.cache import read_directory, refresh_cache
+from proxy.repository.clean import clean_vm
 from proxy.repository.locks import lock_vm
 from proxy.repository.metadata import Backup, read_backup
 from proxy.repository.paths import backup_path, split_backup_path, vm_directory, xva_name
@@ -43,7 +44,8 @@ async def delete_backups(
 
     Order per backup: metadata (durably: it is no backup any more), ``.xva``, checksum; once
     per VM the cache.  After a crash in between, data without metadata is left for the
-    clean.  The disks of delta backups always are.  A cancel lets the backup at hand be
+    clean.  The disks of delta backups always are: a run cleans by itself, for a client it is
+    done here, without merging.  A cancel lets the backup at hand be
     removed whole and strikes before the next.  A failed removal does not stop the
     others and is raised at the end, ``Many`` when there are several.
     """
@@ -69,10 +71,24 @@ async def delete_backups(
         errors: list[ProxyError] = []
         for vm_uuid, plan in plans.items():
             errors += await _delete_of_vm(remote, vm_uuid, plan, held[vm_uuid])
+            if vm_uuid not in (locks or {}) and any(one.mode == "delta" for one, _ in plan):
+                await _clean(remote, vm_uuid, held[vm_uuid])
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise Many(f"{len(errors)} backups could not be deleted", errors)
+
+
+async def _clean(remote: Remote, vm_uuid: str, lock: Lock) -> None:
+    """The backups are gone whatever happens to their disks: trouble is logged."""
+
+    def warn(message: str, data: dict[str, Any]) -> None:
+        _log.warning(message, vm=vm_uuid, **data)
+
+    try:
+        await clean_vm(remote, vm_uuid, lock=lock, warn=warn, min_age=0)
+    except ProxyError as error:
+        _log.warning("disks of deleted backups are left", vm=vm_uuid, error=error.message)
 
 
 async def _exists(remote: Remote, path: str) -> bool:

@@ -17,6 +17,7 @@ from proxy.disks.merge import merge_chain
 from proxy.disks.merge_state import Phase, is_disk_name, remove_state
 from proxy.errors import Busy, NotFound, ProxyError
 from proxy.remotes import paths
+from proxy.repository.checksums import merging_checksums
 from proxy.repository.lineage import read_lineage, stored_disk
 from proxy.repository.metadata import LIMIT, with_disks
 from proxy.repository.paths import DISKS_NAME, vm_directory
@@ -299,6 +300,7 @@ class DeltaClean:
             self._warn("orphaned data file", {"path": path})
             if await self._removals.is_old(path):
                 await self._removals.remove_data(path)
+        await self._removals.remove_checksums(lineage.directory)
         is_empty = not (lineage.disks.keys() | lineage.dangling.keys()) - gone
         if is_empty and not self._protected:
             await self._removals.remove_empty(lineage.directory)
@@ -320,15 +322,16 @@ class DeltaClean:
         claims = self._claims(lineage)
         try:
             async with _limit(self._remote), self._merging(chain) as progress:
-                await merge_chain(
-                    self._remote,
-                    chain,
-                    lock=self._lock,
-                    owned=[path for path in chain if lineage.owns(path, claims)],
-                    state=state,
-                    phase=phase,
-                    progress=progress,
-                )
+                async with merging_checksums(self._remote, chain):
+                    await merge_chain(
+                        self._remote,
+                        chain,
+                        lock=self._lock,
+                        owned=[path for path in chain if lineage.owns(path, claims)],
+                        state=state,
+                        phase=phase,
+                        progress=progress,
+                    )
                 await self._settle(chain)
         except Busy:
             raise

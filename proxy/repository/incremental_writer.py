@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 from proxy.disks.alias import data_path, is_alias
 from proxy.disks.vhd_directory import create_vhd_directory
 from proxy.disks.vhd_file import create_vhd_file
+from proxy.errors import ProxyError
+from proxy.repository.checksums import remove_checksums, write_checksums
 from proxy.repository.completion import Completion, free_date
 from proxy.repository.metadata import encode_delta
 from proxy.repository.paths import disk_directory, vm_directory
+from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+    from uuid import UUID
 
     from proxy.disks.disk import Block
     from proxy.disks.writing import DiskWriter, Shape
+    from proxy.formats.checksums import BlockSums
     from proxy.formats.vhd_directory import Compression
     from proxy.remotes.interface import Remote
     from proxy.repository.metadata import Backup
@@ -53,11 +58,14 @@ class IncrementalBackupWriter:
         shape: Shape,
         *,
         compression: Compression,
+        sums: BlockSums | None = None,
     ) -> AsyncIterator[DiskWriter]:
         """Write one disk; the metadata will name it under ``vdi_ref`` once it is committed.
 
         ``disk_uuid`` is that of the live disk.  A VHD directory behind an alias where the
         remote wants it, with its blocks compressed by ``compression``, else a VHD file.
+        ``sums``, complete when the disk is committed, are stored beside it; that they cannot
+        be is told and no failure.
         """
         folder = disk_directory(self._vm_uuid, job_id, disk_uuid)
         ending = ".alias.vhd" if self._remote.use_vhd_directory else ".vhd"
@@ -68,11 +76,17 @@ class IncrementalBackupWriter:
             else create_vhd_file(self._remote, path, shape)
         )
         async with made as inner:
-            yield _Recorded(self, vdi_ref, path, inner)
+            yield _Recorded(self, vdi_ref, path, inner, shape.uuid, sums)
 
     def naming(self, path: str) -> None:
         """From now on ``path`` may exist under its final name."""
         self._named.append(path)
+
+    async def store_sums(self, path: str, uuid: UUID, sums: BlockSums) -> None:
+        try:
+            await write_checksums(self._remote, path, uuid, sums, is_directory=is_alias(path))
+        except ProxyError as error:
+            tell_trouble("the checksums of a disk were not stored", error, path=path)
 
     def stored(self, vdi_ref: str, path: str, size: int) -> None:
         """A disk is complete and durable."""
@@ -99,18 +113,27 @@ class IncrementalBackupWriter:
             await self._remote.unlink(path)
             if is_alias(path):
                 await self._remote.rmtree(data_path(path))
+            await remove_checksums(self._remote, path)
 
 
 class _Recorded:
     """Tells the backup what became of its disk."""
 
     def __init__(
-        self, backup: IncrementalBackupWriter, vdi_ref: str, path: str, inner: DiskWriter
+        self,
+        backup: IncrementalBackupWriter,
+        vdi_ref: str,
+        path: str,
+        inner: DiskWriter,
+        uuid: UUID,
+        sums: BlockSums | None,
     ) -> None:
         self._backup = backup
         self._vdi_ref = vdi_ref
         self._path = path
         self._inner = inner
+        self._uuid = uuid
+        self._sums = sums
 
     @property
     def size(self) -> int:
@@ -122,6 +145,8 @@ class _Recorded:
     async def commit(self) -> None:
         self._backup.naming(self._path)  # before the call: it may have an effect and still fail
         await self._inner.commit()
+        if self._sums is not None:
+            await self._backup.store_sums(self._path, self._uuid, self._sums)
         self._backup.stored(self._vdi_ref, self._path, self._inner.size)
 
 
@@ -137,7 +162,8 @@ async def open_incremental_backup(
     The order, and what a crash right after each step leaves:
 
     1. each disk under a temporary name or without an alias: the clean removes it;
-    2. each disk under its name, durable: a disk without metadata, the clean removes it;
+    2. each disk under its name, durable: a disk without metadata, the clean removes it; right
+       after it its checksums;
     3. ``<TS>.json``, atomic, exclusive, durable: *from here on it is a backup*;
     4. the listing cache: the next listing heals it.
 

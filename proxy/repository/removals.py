@@ -9,6 +9,7 @@ from proxy.disks.merge import remove_disk
 from proxy.errors import Busy, NotFound, ProxyError
 from proxy.remotes import paths
 from proxy.repository.chains import DATA
+from proxy.repository.checksums import orphan_checksums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -60,6 +61,15 @@ class Removals:
             return
         except ProxyError as error:
             self._failed(path, error)
+
+    async def remove_checksums(self, directory: str) -> None:
+        """Those in a VDI directory whose disk is gone."""
+        try:
+            names = [entry.name for entry in await self._remote.list(directory)]
+        except ProxyError:
+            return  # the next clean finds them
+        for name in orphan_checksums(names):
+            await self.remove(paths.join(directory, name))
 
     async def delete(
         self, lineage: Lineage, disks: Sequence[str], elsewhere: Collection[str]

@@ -141,6 +141,10 @@ def _check_range(schema: Schema, value: float, instance: str, path: str, errors:
     if least is not None and value < least:
         params = {"comparison": ">=", "limit": least}
         errors.add(instance, path, "minimum", params, f"must be >= {least}")
+    above = schema.get("exclusiveMinimum")
+    if above is not None and value <= above:
+        params = {"comparison": ">", "limit": above}
+        errors.add(instance, path, "exclusiveMinimum", params, f"must be > {above}")
     most = schema.get("maximum")
     if most is not None and value > most:
         params = {"comparison": "<=", "limit": most}

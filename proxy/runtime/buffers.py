@@ -47,7 +47,7 @@ class Buffer:
 class BufferPool:
     """At most ``count`` buffers of ``size`` bytes, allocated when first needed.
 
-    A new buffer starts with ``prefix``; whoever overwrites it puts it back.
+    Every buffer starts with ``prefix`` when it is acquired, whatever its last holder did.
     """
 
     def __init__(self, count: int, size: int = BLOCK, *, prefix: bytes = b"") -> None:
@@ -63,11 +63,27 @@ class BufferPool:
     async def acquire(self) -> Buffer:
         """Wait for a free buffer.  On cancel nothing is taken."""
         await self._semaphore.acquire()
+        return self._take()
+
+    def try_acquire(self) -> Buffer | None:
+        """A buffer when one is to be had without waiting."""
+        try:
+            self._semaphore.acquire_nowait()
+        except trio.WouldBlock:
+            return None
+        return self._take()
+
+    def _take(self) -> Buffer:
         if self._free:
-            return Buffer(self, self._free.pop())
-        self._made += 1
-        # Pages of their own: freed memory of this size inside the heap is not given back.
-        memory = memoryview(mmap.mmap(-1, self.size))
+            memory = self._free.pop()
+        else:
+            try:
+                # Pages of their own: freed memory of this size in the heap is not given back.
+                memory = memoryview(mmap.mmap(-1, self.size))
+            except OSError:
+                self._semaphore.release()
+                raise
+            self._made += 1
         memory[: len(self._prefix)] = self._prefix
         return Buffer(self, memory)
 

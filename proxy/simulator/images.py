@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from proxy.errors import Corrupt
 from proxy.simulator.disks import UNIT, ZEROS, DiskContent
+from proxy.simulator.qcow2_images import Qcow2Receiver, qcow2_pieces
 from proxy.simulator.vdi_operations import LARGEST_VHD
 from proxy.simulator.vhd_images import VhdReceiver, vhd_pieces
 
@@ -114,6 +115,7 @@ class RawReceiver:
 
 FORMATS: dict[str, ImageFormat] = {
     "raw": ImageFormat("application/octet-stream", _raw_pieces, RawReceiver),
+    "qcow2": ImageFormat("application/x-qemu-disk", qcow2_pieces, Qcow2Receiver),
     "vhd": ImageFormat("application/vhd", vhd_pieces, VhdReceiver, largest=LARGEST_VHD),
 }
 """By the name in the query, lower case.  Another format joins by its entry here."""

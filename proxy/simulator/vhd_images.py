@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from proxy.errors import Corrupt
 from proxy.formats import vhd
 from proxy.simulator.disks import UNIT, ZEROS, DiskContent
+from proxy.simulator.receiving import SteppedReceiver
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from proxy.simulator.images import Base, Sending
+    from proxy.simulator.receiving import Wanted
 
 _TABLE_OFFSET = vhd.TABLE_OFFSET + vhd.SECTOR
 """Behind the header is a sector for the parent's locator, in every stream and empty."""
@@ -101,7 +103,7 @@ def _pieces(sending: Sending, blocks: list[int], front: bytes, back: bytes) -> I
 # In
 
 
-class VhdReceiver:
+class VhdReceiver(SteppedReceiver):
     """Writes a stream's blocks into ``content`` as they come.
 
     ``length`` is the announced size of the body: the last whole sector of it is the footer.
@@ -110,38 +112,9 @@ class VhdReceiver:
     def __init__(self, content: DiskContent, length: int) -> None:
         self._content = content
         self._end = (length - 1) // vhd.SECTOR * vhd.SECTOR
-        self._position = 0
-        self._steps = self._parts()
-        self._wanted: memoryview | int | None = next(self._steps)
+        super().__init__()
 
-    def feed(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view and self._wanted is not None:
-            wanted = self._wanted
-            if isinstance(wanted, int):
-                taken = min(len(view), wanted)
-                left: memoryview | int = wanted - taken
-            else:
-                taken = min(len(view), len(wanted))
-                wanted[:taken] = view[:taken]
-                left = wanted[taken:]
-            self._position += taken
-            view = view[taken:]
-            self._wanted = left or self._next()
-
-    def _next(self) -> memoryview | int | None:
-        """What to fill or to skip next; None after the end."""
-        for wanted in self._steps:
-            if wanted:
-                return wanted
-        return None
-
-    def finish(self) -> None:
-        if self._wanted is not None:
-            raise Corrupt(f"the stream ends at byte {self._position}")
-
-    def _parts(self) -> Generator[memoryview | int]:
-        """Memory to fill and bytes to skip, in the order of the stream."""
+    def steps(self) -> Generator[Wanted]:
         small = memoryview(bytearray(vhd.HEADER_SIZE))
         yield small[: vhd.FOOTER_SIZE]
         footer = vhd.Footer.parse(small[: vhd.FOOTER_SIZE])
@@ -150,7 +123,7 @@ class VhdReceiver:
         vhd.check(footer, header)
         if vhd.blocks_of(footer.current_size) > self._content.blocks:
             raise Corrupt(f"{footer.current_size} bytes into a disk of {self._content.size}")
-        yield self._gap(header.table_offset)
+        yield self.gap(header.table_offset)
         raw = memoryview(bytearray(4 * header.max_entries))
         yield raw
         table = vhd.parse_table(raw, header.max_entries)
@@ -162,20 +135,15 @@ class VhdReceiver:
         for sector, block in places:
             if block >= self._content.blocks:
                 raise Corrupt(f"block {block} of a disk of {self._content.blocks} blocks")
-            yield self._gap(sector * vhd.SECTOR)
+            yield self.gap(sector * vhd.SECTOR)
             yield bitmap
             for half in (0, 1):
                 yield unit
                 part = bitmap[half * _UNIT_BITMAP : (half + 1) * _UNIT_BITMAP]
                 self._store(2 * block + half, unit, bytes(part))
-        yield self._gap(self._end)
+        yield self.gap(self._end)
         yield small[: vhd.FOOTER_SIZE]
         vhd.Footer.parse(small[: vhd.FOOTER_SIZE], offset=self._end)
-
-    def _gap(self, to: int) -> int:
-        if to < self._position:
-            raise Corrupt(f"byte {to} is wanted when byte {self._position} was read")
-        return to - self._position
 
     def _store(self, number: int, unit: memoryview, bitmap: bytes) -> None:
         visible = self._content.visible(number)

@@ -1,4 +1,4 @@
-"""Where tasks survive the daemon: one row per root task in SQLite.
+"""Where tasks survive the daemon: one row per root task in SQLite, and notes beside them.
 
 The event feed needs no table of its own.  Each row carries the sequence number at which the
 task was added and that of its latest change; what a token has not seen is what has a higher
@@ -28,6 +28,9 @@ CREATE TABLE IF NOT EXISTS task (
   id TEXT PRIMARY KEY, added INTEGER NOT NULL, seq INTEGER NOT NULL UNIQUE,
   status TEXT NOT NULL, job TEXT, start INTEGER NOT NULL, ended INTEGER,
   deleted INTEGER NOT NULL DEFAULT 0, snapshot BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS note (
+  kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS task_start ON task (start DESC, id DESC) WHERE deleted = 0;
 """
@@ -197,6 +200,19 @@ class Journal:
                 (*values, limit),
             )
         ]
+
+    def note(self, kind: str, key: str, value: bytes | None) -> None:
+        """Keep ``value`` under ``key`` until another replaces it; ``None`` forgets it."""
+        if value is None:
+            self._db.execute("DELETE FROM note WHERE kind = ? AND key = ?", (kind, key))
+        else:
+            self._db.execute("INSERT OR REPLACE INTO note VALUES (?, ?, ?)", (kind, key, value))
+
+    def notes(self, kind: str) -> list[tuple[str, bytes]]:
+        """Keys and values, by key."""
+        return self._db.execute(
+            "SELECT key, value FROM note WHERE kind = ? ORDER BY key", (kind,)
+        ).fetchall()
 
     def interrupt_pending(self, now_ms: int) -> list[Row]:
         """Mark what an earlier life of the daemon left pending, whole trees; returns the rows."""

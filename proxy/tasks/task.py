@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import structlog
 import trio
 
-from proxy.errors import Canceled
-from proxy.runtime.secrets import scrub
+from proxy.errors import Canceled, ProxyError
+from proxy.runtime.secrets import scrub, scrub_text
 from proxy.runtime.trouble import listener
 from proxy.tasks.progress import Progress
 from proxy.tasks.records import RunLog, describe_error, new_id
@@ -18,6 +20,11 @@ from proxy.tasks.status import SKIPPED_MESSAGES, Status, worst
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+
+_log = structlog.get_logger("tasks")
+
+_ABOUT = ("name_label", "jobName", "id", "backupId")
+"""Properties that say what a task works on, the plainest first."""
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
@@ -184,6 +191,28 @@ class Task:
         return str(self.properties.get("name", ""))
 
     @property
+    def title(self) -> str:
+        """Its name and what it works on, for people."""
+        about = next((self.properties[key] for key in _ABOUT if self.properties.get(key)), "")
+        return f"{self.name} {about}".rstrip()
+
+    def failures(self) -> Iterator[str]:
+        """Why it failed: each failed task without failed ones below, with those above it.
+
+        Attempts that a later one replaced do not count.
+        """
+        below = [
+            f"{child.title}: {reason}"
+            for child in self.children
+            if not child._replaced  # noqa: SLF001  same class
+            for reason in child.failures()
+        ]
+        if below:
+            yield from below
+        elif self._outcome is Status.FAILURE and self._error is not None:
+            yield str(self._error["message"])
+
+    @property
     def log(self) -> RunLog:
         return self._run.log
 
@@ -246,8 +275,16 @@ class Task:
         else:
             single = error if not isinstance(error, BaseExceptionGroup) else first
             described = describe_error(single)
+            if not isinstance(first, ProxyError):
+                self._tell_fault(first, described)
             skipped = described["message"] in SKIPPED_MESSAGES
             self._finish(Status.SKIPPED if skipped else Status.FAILURE, described)
+
+    def _tell_fault(self, error: BaseException, described: dict[str, Any]) -> None:
+        """A fault of this program: the one who mends it needs to know where it was."""
+        if all(child._error != described for child in self.children):  # noqa: SLF001  told there
+            text = "".join(traceback.format_exception(error))
+            _log.error("internal error", task=self.id, traceback=scrub_text(text))
 
     def _finish(self, outcome: Status, result: Any) -> None:
         now = _now_ms()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sqlite3
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ import msgspec
 import structlog
 import trio
 
-from proxy.errors import Canceled, Conflict, NoSuchObject
+from proxy.errors import Conflict, NoSuchObject
 from proxy.runtime.threads import Work, in_thread
 from proxy.tasks.feed import EventPage, Feed
 from proxy.tasks.journal import Journal
+from proxy.tasks.status import Status
 from proxy.tasks.task import Run, Task
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _log = structlog.get_logger("tasks")
 
 _PAGE = 100
 _PRUNE_EVERY = 3600.0
+_REASONS = 20
+"""Failures of one run that the daemon's log names; its task holds all."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,19 +79,15 @@ class Tasks:
         return task
 
     async def _work(self, task: Task, work: Callable[[Task], Awaitable[Any]]) -> None:
-        _log.info("task began", task=task.id, name=task.name)
+        _log.info("task began", task=task.id, what=task.title)
         try:
             with task.running():
                 task.result = await work(task)
-        except Canceled:
-            pass  # the status says it
-        except Exception as error:  # noqa: BLE001  the log of the task holds it; siblings go on
-            _log.warning("task failed", task=task.id, name=task.name, error=str(error))
+        except Exception:  # noqa: BLE001, S110  the log of the task holds it; siblings go on
+            pass
         finally:
             if task.end is not None:
-                seconds = (task.end - task.start) / 1000
-                said = {"task": task.id, "name": task.name, "status": str(task.status)}
-                _log.info("task ended", **said, seconds=seconds)
+                _tell_end(task)
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -148,6 +148,30 @@ class Tasks:
     def watch(self, task: Task) -> AsyncIterator[bytes]:
         """The log records of a run that :meth:`start` returned, from the first to the last."""
         return task.log.watch()
+
+    # -- notes -------------------------------------------------------------------------------
+
+    async def note(self, kind: str, key: str, value: Any) -> None:
+        """Remember ``value`` (JSON, no secrets) under ``key``; ``None`` forgets it.
+
+        For what the daemon has found out and no task keeps.  Durable as a task is; that it
+        cannot be written stands in the daemon's log.
+        """
+        encoded = None if value is None else msgspec.json.encode(value)
+        try:
+            await in_thread(Work.JOURNAL, self._journal.note, kind, key, encoded)
+        except sqlite3.Error as error:
+            _log.error("the journal cannot be written", kind=kind, key=key, error=str(error))
+
+    async def notes(self, kind: str) -> dict[str, Any]:
+        """Everything of this kind that is remembered, by key; nothing when the journal cannot be
+        read: backups must go on."""
+        try:
+            rows = await in_thread(Work.JOURNAL, self._journal.notes, kind)
+        except sqlite3.Error as error:
+            _log.error("the journal cannot be read", kind=kind, error=str(error))
+            return {}
+        return {key: msgspec.json.decode(value) for key, value in rows}
 
     # -- ending ------------------------------------------------------------------------------
 
@@ -248,6 +272,22 @@ class Tasks:
     async def flush(self) -> None:
         """Write everything that is not written yet."""
         await self._feed.flush(everything=True)
+
+
+def _tell_end(task: Task) -> None:
+    """A line for whoever has nothing but the daemon's log, such as after a night."""
+    assert task.end is not None
+    seconds = (task.end - task.start) / 1000
+    said = {"task": task.id, "what": task.title, "status": str(task.status), "seconds": seconds}
+    if task.status is not Status.FAILURE:
+        _log.info("task ended", **said)
+        return
+    reasons = list(task.failures())
+    _log.warning("task ended", **said)
+    for reason in reasons[:_REASONS]:
+        _log.warning("it failed", task=task.id, reason=reason)
+    if len(reasons) > _REASONS:
+        _log.warning("there are more reasons", task=task.id, count=len(reasons) - _REASONS)
 
 
 @contextlib.asynccontextmanager

@@ -51,8 +51,9 @@ async def enable_cbt(xapi: Xapi, vdi_ref: str) -> None:
 async def destroy_data(xapi: Xapi, vdi_ref: str) -> None:
     """Delete the data of a tracked snapshot; it can still be the base of a difference.
 
-    ``VDI_IN_USE`` is mostly a control domain that has not let go yet: it is disconnected, and
-    the call tried again for 50 s.  One without data, or gone, is fine.  Raises ``XapiError``
+    The snapshot's VM must be destroyed before: a disk with any drive is in use.  ``VDI_IN_USE``
+    is then mostly a control domain that has not let go yet: it is disconnected, and the call
+    tried again for 50 s.  One without data, or gone, is fine.  Raises ``XapiError``
     (``VDI_NO_CBT_METADATA``, …).  On cancel the data may be there or not.
     """
     for turn in range(_IN_USE_TRIES + 1):

@@ -49,19 +49,16 @@ class NbdInfo:
     def from_record(cls, record: Mapping[str, Any], *, allow_plain: bool = False) -> Self:
         """Read XAPI's entry; raises ``Unreachable`` (``EPROTO``) when it is none."""
         try:
-            info = cls(
-                str(record["address"]),
-                int(record["port"]),
-                str(record["exportname"]),
-                str(record.get("cert") or ""),
-                str(record.get("subject") or ""),
-                allow_plain,
-            )
+            address, name = str(record["address"]), str(record["exportname"])
+            port = int(record["port"])
+            address.encode("idna")
+            usable = 0 < port < 65536 and len(name.encode()) <= LONGEST_TEXT
         except (KeyError, ValueError, TypeError) as error:
             raise Unreachable("VDI.get_nbd_info answered no address", code="EPROTO") from error
-        if not 0 < info.port < 65536 or len(info.name.encode()) > LONGEST_TEXT:
+        if not usable:
             raise Unreachable("VDI.get_nbd_info answered no address", code="EPROTO")
-        return info
+        certificate, subject = str(record.get("cert") or ""), str(record.get("subject") or "")
+        return cls(address, port, name, certificate, subject, allow_plain)
 
     @property
     def host(self) -> str:

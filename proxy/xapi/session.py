@@ -215,9 +215,12 @@ class Session:
                     scope.shield = handle
 
             try:
-                async with self._http.stream(
+                request = self._http.build_request(
                     "POST", self.address.url("jsonrpc"), content=body, extensions={"trace": trace}
-                ) as response:
+                )
+                request.stream = _Whole(body)
+                response = await self._http.send(request, stream=True)
+                async with contextlib.aclosing(response):
                     text = await _read(response, peer)
                     kind = response.headers.get("content-type", "")
                     status = response.status_code
@@ -272,6 +275,25 @@ class _Attempt:
     def __init__(self) -> None:
         self.sent = False
         self.expired = False
+
+
+class _Whole(httpx.AsyncByteStream):
+    """A request's body in one piece.
+
+    httpx's own is an async generator, which a cancel in the middle of sending leaves suspended:
+    it would be finished, with a warning, when the garbage collector comes by.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        self._left = [body]
+
+    def __aiter__(self) -> _Whole:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop()
 
 
 async def _read(response: httpx.Response, peer: str) -> bytes:

@@ -50,6 +50,17 @@ def test_a_task_is_outlined_with_its_children() -> None:
     ]
 
 
+def test_an_error_stands_where_it_came_from() -> None:
+    full: dict[str, Any] = {"name": "", "error": {"message": "disk full"}}
+    ended: dict[str, Any] = {"start": 0, "end": 1000, "status": "failure"}
+    transfer = {**ended, "id": "t", "data": {**full, "name": "transfer"}}
+    vm = {**ended, "id": "v", "data": {**full, "name": "backup VM"}, "tasks": [transfer]}
+    assert outline(TaskView.read(vm)) == [
+        "backup VM: failure 1.0 s",
+        "  transfer: failure 1.0 s (disk full)",
+    ]
+
+
 def test_names_are_no_markup() -> None:
     out = io.StringIO()
     Console(file=out, width=100).print(table([TaskView.read(RUN)]))

@@ -16,6 +16,7 @@ from proxy.disks.qcow2_stream import open_qcow2_stream, qcow2_length, send_qcow2
 from proxy.errors import Corrupt, Unreachable
 from proxy.formats.vhd import BITMAP_SIZE, BLOCK_SIZE, FULL_BITMAP
 from tests.disks.qcow2_images import (
+    COPIED,
     Source,
     checked,
     flat,
@@ -219,6 +220,21 @@ async def test_a_differencing_stream_over_its_parent(
     stream.parent = parent
     assert await whole(stream, bytes(below)) == flat(size, clusters, bits, bytes(below))
     assert sorted(parent.reads) == sorted(partial & indexes), "a parent's block is read once"
+
+
+async def test_l2_tables_in_any_order() -> None:
+    clusters: dict[int, bytes | None] = {n: filled(n, 4096) for n in [0, 511, 512, 1500]}
+    data = bytearray(image(6 * MIB, clusters, bits=12))
+    l1 = int.from_bytes(data[40:48], "big")
+    first, last = data[l1 : l1 + 8], data[l1 + 16 : l1 + 24]
+    data[l1 : l1 + 8], data[l1 + 16 : l1 + 24] = last, first
+    one, other = (int.from_bytes(entry, "big") & ~COPIED for entry in (first, last))
+    assert other == one + 8192
+    data[one : one + 4096], data[other : other + 4096] = (
+        data[other : other + 4096],
+        data[one : one + 4096],
+    )
+    assert await whole(await opened(bytes(data))) == flat(6 * MIB, clusters, 12)
 
 
 async def test_a_partial_block_without_parent_is_refused() -> None:
@@ -567,3 +583,55 @@ async def test_round_trips(sectors: int, indexes: set[int], is_differencing: boo
     assert set(stream.blocks) == expected
     assert not stream.partial
     assert await whole(stream) == padded(disk)
+
+
+# Hostile bytes
+
+
+def damaged(noise: random.Random) -> bytes:
+    """An image with a few changed bytes in its header, its L1 or its L2 table."""
+    clusters: dict[int, bytes | None] = {n: filled(n) for n in [0, 1, 5, 31, 40, 62]}
+    data = bytearray(image(4 * MIB, clusters | {7: None}, version=noise.choice([2, 3])))
+    for _ in range(noise.randint(1, 3)):
+        spot = noise.choice([0, 3 * CLUSTER, 4 * CLUSTER])
+        at = spot + noise.randrange(104 if spot == 0 else 512)
+        if 48 <= at < 72:
+            continue  # reference counts and snapshots, which are not read here
+        if noise.random() < 0.5:
+            data[at] ^= 1 << noise.randrange(8)
+        else:
+            data[at] = noise.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_damaged_images_are_refused_or_read_as_qemu_does(seed: int, tmp_path: Path) -> None:
+    noise = random.Random(seed)
+    read = 0
+    for _ in range(60):
+        data = damaged(noise)
+        try:
+            stream = await opened(data)
+            if stream.is_differencing:
+                continue
+            disk = await whole(stream) if stream.virtual_size < 64 * MIB else b""
+        except Corrupt as error:
+            if {"what", "offset"} <= set(error.data):
+                continue
+            raise
+        made = tmp_path / "a.qcow2"
+        made.write_bytes(data)
+        if len(disk) == stream.virtual_size:
+            read += 1
+            assert qemu_reads(made) == disk
+    assert read > 3
+
+
+async def test_a_header_that_promises_too_much() -> None:
+    """Nothing is allocated before it was sent."""
+    data = bytearray(image(4 * MIB, {0: filled(0)}))
+    data[24:32] = (64 << 40).to_bytes(8, "big")
+    data[36:40] = (128 * 1024).to_bytes(4, "big")
+    with pytest.raises(Corrupt) as caught:
+        await opened(bytes(data))
+    assert caught.value.data["what"] == "stream cut"

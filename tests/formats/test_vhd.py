@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import Corrupt
+from proxy.errors import Corrupt, Refused
 from proxy.formats import vhd
 
 MIB = 1024 * 1024
@@ -171,3 +171,51 @@ def test_tables_come_back(entries: list[int]) -> None:
     assert vhd.parse_table(packed, len(entries)) == table
     with pytest.raises(Corrupt):
         vhd.parse_table(packed[: 4 * len(entries)], len(entries) + 1)
+
+
+@given(
+    st.lists(st.sampled_from([vhd.UNUSED, 0, 0xFFFFFF00, 0x00FFFFFF, 0xFFFF00FF, 4]), max_size=99)
+)
+def test_which_blocks_are_there(entries: list[int]) -> None:
+    table = array("I", entries)
+    expected = bytes(entry != vhd.UNUSED for entry in entries)
+    assert vhd.present_flags(table) == expected
+
+
+def test_which_blocks_of_a_table_of_several_pieces_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vhd, "_PER_PIECE", 4)
+    table = vhd.empty_table(11)
+    table[3] = table[4] = table[10] = 7
+    assert vhd.present_flags(table) == b"\0\0\0\1\1\0\0\0\0\0\1"
+
+
+def test_blocks_stand_in_the_order_that_is_given() -> None:
+    assert list(vhd.sequential_table([0, 4], 5)) == [4, *3 * [vhd.UNUSED], 0x1005]
+    assert list(vhd.sequential_table([4, 0], 5)) == [0x1005, *3 * [vhd.UNUSED], 4]
+    assert vhd.sequential_table([], 3) == vhd.empty_table(3)
+    assert vhd.sequential_table([128], 129)[128] == 5  # its table has two sectors
+
+
+@pytest.mark.parametrize("order", [[0, 0], [1, 2, 1], [3], [-1]])
+def test_no_block_stands_twice_or_outside(order: list[int]) -> None:
+    with pytest.raises(ValueError, match="comes twice, or is none"):
+        vhd.sequential_table(order, 3)
+
+
+def test_more_than_a_table_can_place_is_refused() -> None:
+    """Seen on Xen Orchestra: a number out of range, in the middle of the transfer."""
+    count = vhd.MAX_BLOCKS
+    with pytest.raises(Refused) as caught:
+        vhd.sequential_table(range(count), count)
+    assert caught.value.code == "EFBIG"
+    fits = count - 3  # less what the table itself takes
+    assert vhd.sequential_table(range(fits), count)[fits - 1] < vhd.UNUSED
+
+
+def test_the_identity_of_a_disk_is_any_uuid() -> None:
+    """Seen on Xen Orchestra: a uuid of an unknown version made it ignore the disk's parent."""
+    odd = UUID("ffffffff-ffff-ffff-ffff-fffffffffff0")
+    footer = vhd.Footer.make(MIB, vhd.DiskType.DYNAMIC, odd, timestamp=1)
+    assert vhd.Footer.parse(footer.pack()).uuid == odd

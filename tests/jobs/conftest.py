@@ -59,10 +59,12 @@ def explained(root: Path) -> set[str]:
         for disk in metadata["vhds"].values():
             path = f"{directory}/{disk}"
             wanted.add(path)
+            folder, _, disk_name = path.rpartition("/")
+            wanted.add(f"{folder}/.{disk_name.partition('.')[0]}.xxh3")
             if path.endswith(".alias.vhd"):
                 target = (base / path).read_text()
-                folder = f"{path.rpartition('/')[0]}/{target}/"
-                wanted |= {each for each in names if each.startswith(folder)}
+                blocks = f"{folder}/{target}/"
+                wanted |= {each for each in names if each.startswith(blocks)}
     return wanted
 
 

@@ -13,6 +13,7 @@ import trio
 
 from proxy.errors import Refused, Unreachable
 from proxy.remotes.faults import Fail
+from proxy.repository import delete_backups
 from proxy.simulator import SimulatedPool
 from proxy.xapi import ownership
 
@@ -455,4 +456,55 @@ async def test_a_differential_restore_sends_only_what_changed(tmp_path: Path) ->
         result = outcome.snapshot["data"]["result"]
         assert result["size"] == BLOCK
         ref = house.pool.store.by_uuid("VM", result["id"])
+        assert [house.pool.digest(each) for each in house.pool.disk_uuids(ref)] == point
+
+
+async def test_a_deleted_backup_leaves_what_the_others_need(tmp_path: Path) -> None:
+    async with house_of(tmp_path) as house:
+        points: list[list[str]] = []
+        for number in range(3):
+            change(house, number, number + 1)
+            points.append(digests(house))
+            await back_up(house, exportRetention=9)
+        first, middle, last = house.backups()
+        async with house.services.remote(house.remote_spec("remote1")) as remote:
+            await delete_backups(remote, [middle])
+            assert await restored(house, last) == points[2]
+            assert await restored(house, first) == points[0]
+            await delete_backups(remote, [last])
+        assert len(next(iter(house.chains().values()))) == 1, "nobody needs the newest two disks"
+        assert await restored(house, first) == points[0]
+
+
+async def test_a_backup_deleted_while_it_is_restored_is_told(tmp_path: Path) -> None:
+    """The disks that it is read from may then be merged into the next one's."""
+    async with house_of(tmp_path) as house:
+        await back_up(house)
+        house.pool.mark()
+        gate = house.pool.pause_at("/import_raw_vdi", at_bytes=BLOCK)
+        task = await house.restore(house.backups()[0])
+        await gate.reached()
+        (house.root / "remote1" / house.backups()[0][1:]).unlink()
+        gate.release()
+        outcome = await house.outcome(task)
+        assert outcome.error("restore")["code"] == "EDELETED"
+        assert house.pool.leftovers() == {}
+
+
+async def test_a_restore_goes_on_while_its_chain_is_merged(tmp_path: Path) -> None:
+    """Seen on Xen Orchestra: a restore that was started while a merge ran met ENOENT."""
+    async with house_of(tmp_path) as house:
+        for number in range(3):
+            change(house, number, number + 1)
+            point = digests(house)
+            await back_up(house, "directories1", exportRetention=9)
+        gate = house.pool.pause_at("/import_raw_vdi", at_bytes=BLOCK)
+        task = await house.restore(house.backups("directories1")[-1], "directories1")
+        await gate.reached()
+        done = await back_up(house, "directories1", exportRetention=2)
+        assert done.of("merge"), "there was a merge meanwhile"
+        gate.release()
+        outcome = await house.outcome(task)
+        assert outcome.status == "success", outcome.snapshot
+        ref = house.pool.store.by_uuid("VM", outcome.snapshot["data"]["result"]["id"])
         assert [house.pool.digest(each) for each in house.pool.disk_uuids(ref)] == point

@@ -100,6 +100,33 @@ async def test_every_byte_is_back(tmp_path: Path, compression: str) -> None:
         assert not [k for k in house.pool.leftovers() if k not in ("vms", "vdis")]
 
 
+async def test_both_ways_tell_bytes_rate_and_what_limits_them(house: House) -> None:
+    """While they run a total that is only an estimate says so; at the end all is known."""
+    gate = house.pool.pause_at("/export", at_bytes=3 * 1024 * 1024)
+    task = house.services.start_backup(house.request())
+    with trio.fail_after(10):
+        await gate.reached()
+        while not (running := Outcome(task, [], json.loads(task.snapshot())).of("transfer")):
+            await trio.sleep(0.01)
+        while running[0]["data"]["transfer"]["done"] == 0:
+            await trio.sleep(0.01)
+            running = Outcome(task, [], json.loads(task.snapshot())).of("transfer")
+    moved = running[0]["data"]["transfer"]
+    assert moved["estimated"] is True
+    assert 0 < moved["done"] < moved["total"]
+    house.pool.gates.release_all()
+    stored = await house.outcome(task)
+    back = await house.outcome(await house.restore(house.backups()[0]))
+    for outcome in (stored, back):
+        (transfer,) = outcome.of("transfer")
+        moved = transfer["data"]["transfer"]
+        assert moved["done"] == moved["total"] == transfer["data"]["result"]["size"]
+        assert moved["rate"] > 0
+        assert moved["bottleneck"] in {"source", "network", "CPU", "target"}
+        assert "estimated" not in moved
+        assert "eta" not in moved
+
+
 async def test_a_vm_dressed_as_recorded(tmp_path: Path) -> None:
     async with backed_up(tmp_path) as house:
         vm = house.pool.store.get("VM", restored(house, await restore(house)))

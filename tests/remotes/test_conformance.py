@@ -181,6 +181,12 @@ async def test_reading_in_pieces(remote: Remote) -> None:
         assert await file.read_into(buffer) == 4000
         assert buffer == content[:4000]
         assert await file.read_at(10, 5) == content[10:15]  # moves no position
+        some = memoryview(bytearray(200))
+        assert await file.read_into_at(20, some) == 200
+        assert some == content[20:220]
+        assert await file.read_into_at(4000, some) == 96
+        assert some[:96] == content[4000:]
+        assert await file.read_into_at(5000, some) == 0
         assert await file.read_into(buffer) == 96
         assert buffer[:96] == content[4000:]
         assert await file.read_into(buffer) == 0

@@ -157,6 +157,10 @@ async def test_a_read_only_remote_reads_and_says_why_it_does_not_write(
             with pytest.raises(Refused, match="read-only") as caught:
                 await call
             assert caught.value.code == "EROFS"
+    async with opened(f"file://{small_disk}") as remote:  # and so it does when it is opened anew
+        assert await remote.read_file("f") == b"x"
+        with pytest.raises(Refused, match="read-only"):
+            await remote.write_file("g", b"")
 
 
 async def test_a_short_write_is_continued(local: Remote, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import trio
 import trio.lowlevel
 import trio.testing
 
-from proxy.errors import Conflict, NoSuchObject
+from proxy.errors import Conflict, NoSuchObject, Refused
 from proxy.runtime.threads import inline_threads
 from proxy.tasks import JournalLimits, Task, Tasks, open_tasks
 
@@ -146,3 +150,60 @@ async def test_old_tasks_are_forgotten_beyond_the_limit(journal_path: str) -> No
                     await done(tasks)
                 await trio.sleep(3601)
                 assert len(await everything(tasks)) == 3
+
+
+async def test_the_daemons_log_says_why_a_run_failed(tasks: Tasks) -> None:
+    """After a night it may be all that somebody has; the failure is deep in a run that went on."""
+
+    async def one_vm(root: Task, name: str, error: Exception | None) -> None:
+        with contextlib.suppress(Exception):
+            async with root.child("backup VM", id="uuid", name_label=name) as vm:
+                async with vm.child("export", id="r1"):
+                    if error is not None:
+                        raise error
+
+    async def work(root: Task) -> None:
+        await one_vm(root, "web", Refused("no space left", code="ENOSPC"))
+        await one_vm(root, "mail", None)
+        await one_vm(root, "db", KeyError("a fault of ours"))
+
+    with structlog.testing.capture_logs() as lines:
+        task = tasks.start("backup run", {"jobName": "nightly"}, work)
+        async for _ in tasks.watch(task):
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+    told = [(one["log_level"], one["event"], one.get("reason") or one.get("what")) for one in lines]
+    assert told == [
+        ("info", "task began", "backup run nightly"),
+        ("error", "internal error", None),
+        ("warning", "task ended", "backup run nightly"),
+        ("warning", "it failed", "backup VM web: export r1: no space left"),
+        ("warning", "it failed", "backup VM db: export r1: 'a fault of ours'"),
+    ]
+    assert "in one_vm" in lines[1]["traceback"]
+
+
+async def test_notes_outlive_the_daemon_until_they_are_cleared(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    async with trio.open_nursery() as nursery:
+        async with open_tasks(path, nursery) as tasks:
+            await tasks.note("damage", "a", {"x": 1})
+            await tasks.note("damage", "b", [2])
+            await tasks.note("damage", "a", {"x": 3})
+            await tasks.note("other", "a", "4")
+            await tasks.note("damage", "b", None)
+            await tasks.note("damage", "never there", None)
+        async with open_tasks(path, nursery) as tasks:
+            assert await tasks.notes("damage") == {"a": {"x": 3}}
+            assert await tasks.notes("other") == {"a": "4"}
+            assert await tasks.notes("nothing") == {}
+
+
+async def test_a_journal_that_fails_remembers_nothing_and_stops_nobody(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.sqlite")
+    async with trio.open_nursery() as nursery, open_tasks(path, nursery) as tasks:
+        with sqlite3.connect(path) as other:
+            other.execute("DROP TABLE note")
+        other.close()
+        await tasks.note("damage", "a", 1)
+        assert await tasks.notes("damage") == {}

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     given = parser.parse_args()
-    seed = random.randrange(1_000_000) if given.seed is None else given.seed  # noqa: S311
+    seed = random.randrange(1_000_000) if given.seed is None else given.seed
     folder = Path(tempfile.mkdtemp(prefix=f"xo-proxy-torture-{seed}-", dir=given.folder))
     print(f"seed {seed}, {given.rounds} rounds in {folder}", flush=True)
     began = time.monotonic()

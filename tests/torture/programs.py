@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from pathlib import Path
 
-TOKEN = "token-of-the-torture"  # noqa: S105  guards nothing
+TOKEN = "token-of-the-torture"
 _PATIENCE = 60.0
 ROOT_TASK_WAIT = 120.0
 

@@ -74,7 +74,7 @@ async def _of_disk(remote: Remote, path: str) -> str:
 
 def unexplained(folder: Path) -> list[str]:
     """What is on a remote beside its backups: unfinished files, data of nobody, locks."""
-    from tests.jobs.conftest import explained, files_of  # noqa: PLC0415  fixtures, too
+    from tests.jobs.conftest import explained, files_of
 
     base = folder / "xo-vm-backups"
     locks = [path.name for path in (*base.glob("*.lock"), *base.glob(".*"))]

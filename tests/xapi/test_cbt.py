@@ -27,7 +27,11 @@ async def tracked(pool: SimulatedPool, xapi: Xapi) -> tuple[str, str]:
 
 
 def snapshot(pool: SimulatedPool) -> str:
-    return str(pool.vms.disks(pool.do("VM.snapshot", pool.vm("vm1"), "s"))[0])
+    """A disk of a snapshot whose VM is gone: as long as it has drives its data stay."""
+    vm = pool.do("VM.snapshot", pool.vm("vm1"), "s")
+    disk = str(pool.vms.disks(vm)[0])
+    pool.do("VM.destroy", vm)
+    return disk
 
 
 async def test_what_changed(pool: SimulatedPool, xapi: Xapi, tracked: tuple[str, str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import random
 import socket
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -45,7 +46,9 @@ def unused_port() -> int:
 
 def pattern(size: int) -> bytes:
     """What nbdkit's pattern plugin serves: each 8 bytes are their offset."""
-    return b"".join(offset.to_bytes(8) for offset in range(0, size + 7, 8))[:size]
+    offsets = array("Q", range(0, size + 7, 8))
+    offsets.byteswap()
+    return offsets.tobytes()[:size]
 
 
 async def whole(export: NbdExport, *, depth: int = 4) -> bytes:
@@ -615,6 +618,37 @@ async def test_plain_is_allowed_where_the_pool_says_so(
     pool.store.create("network", name_label="other", purpose=["nbd"])
     [both] = await nbd_candidates(xapi, vdi)
     assert not both.allow_plain
+
+
+RECORD = {"address": "fd00::1", "port": 10809, "exportname": "/a"}
+
+
+def test_the_record_of_a_candidate() -> None:
+    assert NbdInfo.from_record(RECORD) == NbdInfo("fd00::1", 10809, "/a")
+    told = {**RECORD, "port": "10809", "cert": "PEM", "subject": "host1"}  # as XML-RPC has it
+    read = NbdInfo.from_record(told, allow_plain=True)
+    assert read == NbdInfo("fd00::1", 10809, "/a", "PEM", "host1", allow_plain=True)
+    assert read.host == "host1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"port": "?"},
+        {"port": 0},
+        {"port": 65536},
+        {"port": None},
+        {"address": "a" * 64},
+        {"exportname": "x" * 4097},
+        {"exportname": "\ud800"},
+    ],
+)
+def test_a_record_that_is_no_candidate(change: dict[str, Any]) -> None:
+    with pytest.raises(Unreachable) as caught:
+        NbdInfo.from_record({**RECORD, **change})
+    assert caught.value.code == "EPROTO"
+    with pytest.raises(Unreachable):
+        NbdInfo.from_record({})
 
 
 async def test_only_the_backup_network(nursery: trio.Nursery) -> None:

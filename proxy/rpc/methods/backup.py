@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import structlog
 import trio
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from proxy.errors import ProxyError, Refused
 from proxy.jobs.requests import BackupRequest, RestoreRequest
+from proxy.jobs.verify_run import VerifyRequest
 from proxy.repository import (
     delete_backups,
     format_listing,
@@ -206,3 +207,35 @@ async def run_job(context: Context, params: RunJob) -> str | AsyncIterator[bytes
     await trio.lowlevel.checkpoint()
     task = context.services.start_backup(request)
     return context.services.tasks.watch(task) if params.stream_logs else task.id
+
+
+class Verify(Params):
+    remote: dict[str, Any]
+    vm_id: str | UnsetType = UNSET
+    filename: str | UnsetType = UNSET
+    level: Literal["structure", "read"] = "structure"
+    sample: Annotated[float, Meta(gt=0, le=1)] | UnsetType = UNSET
+
+
+@methods.method(
+    "backup.verify",
+    Verify,
+    description="look at backups: can they be restored?",
+    result={
+        "type": "object",
+        "description": "start, then a report of each disk and backup, then summary",
+        "properties": {"type": {"enum": ["start", "disk", "backup", "summary"]}},
+        "required": ["type"],
+        "x-stream": "ndjson",
+    },
+)
+async def verify_backups(context: Context, params: Verify) -> AsyncIterator[dict[str, Any]]:
+    """Changes nothing: a client that leaves ends it."""
+    request = VerifyRequest(
+        remote=params.remote,
+        vm_uuid=None if params.vm_id is UNSET else params.vm_id,
+        filename=None if params.filename is UNSET else params.filename,
+        level=params.level,
+        sample=None if params.sample is UNSET else params.sample,
+    )
+    return (await context.services.start_verify(request)).records()
