@@ -55,6 +55,7 @@ class Commands:
         self._pool = pool
         self._memory = memory
         self._original = {ref for ref, _ in pool.store.all("VM")}
+        self._disks = {ref for ref, _ in pool.store.all("VDI")}
 
     def __call__(self, line: str) -> Any:
         command = json.loads(line)
@@ -86,6 +87,7 @@ class Commands:
             elif record["is_a_snapshot"]:
                 job = keys.get("xo:backup:job", "none")
                 found.setdefault("other snapshots", []).append(job)
+        found["vdis"] = self._lone_disks()
         found["marks"] = [
             f"{kind} {record['name_label']} {key}"
             for kind in ("VM", "VDI")
@@ -94,6 +96,22 @@ class Commands:
             if key in record["other_config"]
         ]
         return {key: value for key, value in found.items() if value}
+
+    def _lone_disks(self) -> list[str]:
+        """The jobs of disks that no VM has."""
+        return [
+            record["other_config"].get("xo:backup:job", "none")
+            for ref, record in self._pool.store.all("VDI")
+            if ref not in self._disks
+            and record["managed"]
+            and not record["VBDs"]
+            and not self._is_lost_clone(record)
+        ]
+
+    @staticmethod
+    def _is_lost_clone(record: dict[str, Any]) -> bool:
+        """A clone of a base, not marked yet: nothing tells it from one that a user made."""
+        return not record["is_a_snapshot"] and "xo:backup:job" in record["other_config"]
 
     def made(self) -> list[dict[str, Any]]:
         """The VMs that restores have made."""

@@ -92,8 +92,9 @@ class Torture:
         for kind in JOBS:
             self.doing = f"the last {kind} run"
             self._let_end(kind, self._begin(kind))
-        if jobs := self.pool.ask("state").get("other snapshots"):
-            raise Broken(f"snapshots that are no bases, of jobs {jobs}")
+        state = self.pool.ask("state")
+        if set(state) != {"bases"}:
+            raise Broken(f"left behind the last run: {state}")
 
     def _begin(self, kind: Kind) -> str:
         method, params = self._restore() if kind == "restore" else self._backup(kind)
@@ -228,10 +229,10 @@ class Torture:
         bases = state.pop("bases", [])
         if kind == "delta" and sorted(bases) != sorted(self.pool.vms):
             raise Broken(f"one base for each VM, not {bases}")
-        others = state.pop("other snapshots", [])
+        others = state.pop("other snapshots", []) + state.pop("vdis", [])
         # a job prunes its own, whatever became of the run that made them
-        if kind != "restore" and JOBS[kind] in others:
-            raise Broken("snapshots of this job that are no bases")
+        if set(others) - set(JOBS.values()) or (kind != "restore" and JOBS[kind] in others):
+            raise Broken(f"snapshots and disks that should be gone, of jobs {others}")
         if kind == "restore":  # what lies on the VMs of a job waits for their next run
             state = {key: state[key] for key in ("importing", "unfinished") if key in state}
         if state:
