@@ -165,8 +165,8 @@ class _Sweep:
         marks = {key: vm["other_config"][key] for key in (ownership.PROXY, ownership.RUN)}
         for _, ref, vdi in await vms.disks(self._xapi, vm):
             await self._xapi.call("VDI.set_name_label", ref, TEMPORARY_NAME)
-            config: dict[str, Any] = {**(vdi.get("other_config") or {}), **marks}
-            await self._xapi.call("VDI.set_other_config", ref, config)
+            keys: Mapping[str, str] = vdi.get("other_config") or {}
+            await self._xapi.call("VDI.set_other_config", ref, {**keys, **marks})
 
 
 def _is_unfinished_vm(record: Record) -> bool:

@@ -170,8 +170,8 @@ async def mark_vdi(
 ) -> None:
     """Give a VDI that was cloned what :func:`create_vdi` gives: two calls, the marks at once."""
     await xapi.call("VDI.set_name_label", vdi_ref, importing(record.get("name_label")))
-    config: dict[str, Any] = {**(record.get("other_config") or {}), **marks}
-    await xapi.call("VDI.set_other_config", vdi_ref, config)
+    keys: Mapping[str, str] = record.get("other_config") or {}
+    await xapi.call("VDI.set_other_config", vdi_ref, {**keys, **marks})
 
 
 async def release_vdi(xapi: Xapi, vdi_ref: str, record: Mapping[str, Any]) -> None:

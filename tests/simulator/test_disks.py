@@ -147,3 +147,18 @@ async def test_guests_that_write() -> None:
         await churn(pool, 0.2, 60)
     assert pool.digest(live) != before[0]
     assert pool.digest(halted) == before[1]
+
+
+@pytest.mark.virtual_clock
+async def test_no_guest_writes_into_what_dom0_has_attached() -> None:
+    """A snapshot that is being exported hangs on dom0, which is a VM that runs."""
+    from proxy.simulator.standalone import churn
+
+    pool = SimulatedPool.small(disk_size=2 * BLOCK)
+    snapshot = pool.do("VDI.snapshot", pool.vms.disks(pool.vm("vm1"))[0], {})
+    uuid = pool.store.get("VDI", snapshot)["uuid"]
+    before = pool.digest(uuid)
+    pool.disks.attach_to_dom0(snapshot)
+    with trio.move_on_after(11):
+        await churn(pool, 1.0, 10)
+    assert pool.digest(uuid) == before
