@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MIB = 1024 * 1024
 DISK = 64 * MIB
+FILLED = 44 * MIB  # most of it: an empty disk would be read before it could be cancelled
 RATE = 12 * MIB
 """Bytes a second of the simulated pool, slow enough to watch."""
 CANCEL_AT = 40
@@ -205,7 +206,7 @@ class Demo:
         (files / "etc").mkdir(parents=True)
         (files / "etc" / "hostname").write_text("demo\n")
         (files / "notes.txt").write_text("what this VM is for\n" * 1000)
-        (files / "database.bin").write_bytes(os.urandom(24 * MIB))
+        (files / "database.bin").write_bytes(os.urandom(FILLED))
         image = self._folder / "disk.img"
         with image.open("wb") as file:
             file.truncate(DISK)
@@ -215,7 +216,7 @@ class Demo:
         subprocess.run(  # noqa: S603 - constant arguments and our own paths
             [tool, "-q", "-t", "ext4", "-d", str(files), str(image)], check=True
         )
-        self._say(f"ext4, {decimal(DISK)}, three files, {decimal(24 * MIB)} of them random")
+        self._say(f"ext4, {decimal(DISK)}, three files, {decimal(FILLED)} of them random")
         return image
 
     def _simulate(self, ending: contextlib.ExitStack, image: Path) -> Described:
