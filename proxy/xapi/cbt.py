@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
-import trio
+from functools import partial
+from typing import TYPE_CHECKING
 
 from proxy.disks.disk import Blocks
 from proxy.errors import Corrupt, Refused, XapiError
 from proxy.formats.cbt import changed_flags
-from proxy.xapi.vms import disconnect_from_control_domain
+from proxy.xapi.vms import call_unless_gone, when_free
 
 if TYPE_CHECKING:
     from proxy.xapi.client import Xapi
-
-_IN_USE_TRIES: Final = 10
-_IN_USE_DELAY: Final = 5.0
 
 
 async def changed_blocks(xapi: Xapi, vdi_ref: str, base_ref: str) -> Blocks:
@@ -56,15 +52,4 @@ async def destroy_data(xapi: Xapi, vdi_ref: str) -> None:
     tried again for 50 s.  One without data, or gone, is fine.  Raises ``XapiError``
     (``VDI_NO_CBT_METADATA``, …).  On cancel the data may be there or not.
     """
-    for turn in range(_IN_USE_TRIES + 1):
-        try:
-            await xapi.call_async("VDI.data_destroy", vdi_ref)
-        except XapiError as error:
-            if error.code == "HANDLE_INVALID" and vdi_ref in error.params:
-                return
-            if error.code != "VDI_IN_USE" or turn == _IN_USE_TRIES:
-                raise
-        else:
-            return
-        await disconnect_from_control_domain(xapi, vdi_ref)
-        await trio.sleep(_IN_USE_DELAY)
+    await when_free(xapi, [vdi_ref], partial(call_unless_gone, xapi, "VDI.data_destroy", vdi_ref))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -10,7 +11,7 @@ from proxy.errors import Conflict, Refused, XapiError
 from proxy.xapi.together import all_of, together
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from proxy.xapi.client import Xapi
 
@@ -83,18 +84,45 @@ async def destroy_vdi(xapi: Xapi, vdi_ref: str) -> None:
     ``VDI_IN_USE`` is mostly a control domain that has not let go yet: it is disconnected, and
     the destroy tried again for 50 s.  On cancel the VDI may exist or not.
     """
-    for turn in range(_IN_USE_TRIES + 1):
+
+    async def attempt() -> None:
         try:
             await xapi.call_async("VDI.destroy", vdi_ref)
         except XapiError as error:
-            if error.code == "HANDLE_INVALID":
-                return
+            if error.code != "HANDLE_INVALID":
+                raise
+
+    await when_free(xapi, [vdi_ref], attempt)
+
+
+async def when_free(
+    xapi: Xapi, vdi_refs: Sequence[str], attempt: Callable[[], Awaitable[None]]
+) -> None:
+    """Await ``attempt``, and again for 50 s as long as it raises ``VDI_IN_USE``.
+
+    That is mostly a control domain that has not let go of ``vdi_refs`` yet: they are
+    disconnected in between.  The last error is raised.
+    """
+    for turn in range(_IN_USE_TRIES + 1):
+        try:
+            await attempt()
+        except XapiError as error:
             if error.code != "VDI_IN_USE" or turn == _IN_USE_TRIES:
                 raise
         else:
             return
-        await disconnect_from_control_domain(xapi, vdi_ref)
+        for vdi_ref in vdi_refs:
+            await disconnect_from_control_domain(xapi, vdi_ref)
         await trio.sleep(_IN_USE_DELAY)
+
+
+async def call_unless_gone(xapi: Xapi, method: str, ref: str) -> None:
+    """Call ``method`` with ``ref``; that the object of ``ref`` is gone already is fine."""
+    try:
+        await xapi.call_async(method, ref)
+    except XapiError as error:
+        if error.code != "HANDLE_INVALID" or ref not in error.params:
+            raise
 
 
 async def disconnect_from_control_domain(xapi: Xapi, vdi_ref: str) -> None:
@@ -192,18 +220,8 @@ async def _make_destroyable(xapi: Xapi, vm_ref: str, vm: Record, *, bypass_block
 
 
 async def _destroy_record(xapi: Xapi, vm_ref: str, owned: list[tuple[Record, str, Record]]) -> None:
-    for turn in range(_IN_USE_TRIES + 1):
-        try:
-            await xapi.call_async("VM.destroy", vm_ref)
-            return
-        except XapiError as error:
-            if error.code == "HANDLE_INVALID" and vm_ref in error.params:
-                return
-            if error.code != "VDI_IN_USE" or turn == _IN_USE_TRIES:
-                raise
-        for _, vdi_ref, _ in owned:
-            await disconnect_from_control_domain(xapi, vdi_ref)
-        await trio.sleep(_IN_USE_DELAY)
+    vdi_refs = [vdi_ref for _, vdi_ref, _ in owned]
+    await when_free(xapi, vdi_refs, partial(call_unless_gone, xapi, "VM.destroy", vm_ref))
 
 
 async def not_a_template(xapi: Xapi, vm_ref: str) -> None:

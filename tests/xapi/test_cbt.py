@@ -6,7 +6,7 @@ import pytest
 
 from proxy.errors import Corrupt, Refused, XapiError
 from proxy.simulator import SimulatedPool
-from proxy.xapi import Xapi, XapiOptions, cbt, connect
+from proxy.xapi import Xapi, XapiOptions, connect, vms
 from proxy.xapi.cbt import changed_blocks, destroy_data, enable_cbt
 from tests.xapi.conftest import FakeHost, clean
 
@@ -78,7 +78,7 @@ async def test_a_base_that_is_none(
 async def test_data_in_use_are_let_go(
     pool: SimulatedPool, xapi: Xapi, tracked: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cbt, "_IN_USE_DELAY", 0)
+    monkeypatch.setattr(vms, "_IN_USE_DELAY", 0)
     pool.disks.attach_to_dom0(tracked[0])
     await destroy_data(xapi, tracked[0])
     await clean(pool)
