@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.errors import XapiError
+from proxy.simulator.database import export_database, import_database
 from proxy.simulator.disk_transfers import export_disk, import_disk
 from proxy.simulator.exports import export_vm
 from proxy.simulator.http import error_page
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 _HANDLERS = {
     ("GET", "/export"): export_vm,
     ("GET", "/export_raw_vdi"): export_disk,
+    ("GET", "/pool/xmldbdump"): export_database,
     ("PUT", "/import"): import_vm,
     ("PUT", "/import_raw_vdi"): import_disk,
+    ("PUT", "/pool/xmldbdump"): import_database,
 }
 
 

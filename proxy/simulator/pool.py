@@ -69,6 +69,14 @@ class SimulatedPool:
         self.coalesces = True
         """Whether hidden parents are merged as soon as they can be."""
         self.vtpm_contents: dict[str, str] = {}
+        self.is_upgrading = False
+        """A rolling upgrade is under way: the database is sent without its rows."""
+        self.database_filler = 0
+        """About how many bytes the sent database is to have beyond those of the pool."""
+        self.restored: list[bytes] = []
+        """Databases that were restored over this one; each reboots the master."""
+        self.dry_runs = 0
+        """How many databases were looked at and found good."""
         self._domains = _STARTED_DOMAINS
         self._mutations = 0
         self._nursery: trio.Nursery | None = None

@@ -65,7 +65,7 @@ async def guarded(
     try:
         with work.scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_watch, wire, nursery.cancel_scope, transfer)
+                nursery.start_soon(_watch, wire, nursery.cancel_scope, transfer, request.method)
                 await pool.gates.pass_by(request.path, "before")
                 transfer.gates = tuple(pool.gates.along(request.path))
                 await handler(pool, wire, request, transfer)
@@ -87,13 +87,13 @@ async def guarded(
             pool.store.destroy("task", transfer.task)
 
 
-async def _watch(wire: Wire, scope: trio.CancelScope, transfer: Transfer) -> None:
+async def _watch(wire: Wire, scope: trio.CancelScope, transfer: Transfer, method: str) -> None:
     """Notice at once, also in a stall, that the client is gone.
 
     Only while nothing else would: a PUT body that still waits unread must be taken first.
     """
     await wire.client_left()
-    if transfer.path.startswith("/import"):
+    if method == "PUT":
         # the importer meets the end itself, unless it stands at a gate or in a stall
         before = -1
         while before != transfer.sent:
