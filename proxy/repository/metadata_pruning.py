@@ -1,0 +1,143 @@
+"""Removing metadata backups: by retention, by a client's wish, and what dead runs left.
+
+Only backups with readable metadata count for retention.  What has none is removed when it is
+certain that nobody is writing it and that it is nothing else; what could not be read stays.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from proxy.errors import Many, NotFound, ProxyError
+from proxy.repository.clean import ORPHAN_AGE
+from proxy.repository.metadata_backup_paths import METADATA_NAME, metadata_backup_path
+from proxy.repository.metadata_backup_writer import lock_metadata
+from proxy.repository.metadata_backups import read_dated
+from proxy.repository.paths import timestamp_of
+from proxy.runtime.deadlines import undo_within
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from proxy.remotes.interface import Lock, Remote
+
+    Warn = Callable[[str, dict[str, Any]], None]
+
+_ONE_SECONDS = 120
+"""For one backup: few files, none of them large."""
+_OURS = re.compile(r"data|data\.json|\.[0-9]{13}\.(data|data\.json|metadata\.json)(\.tmp)?")
+"""Data, and temporary files of this daemon (``.<ms>.<name>.tmp``) and of Xen Orchestra
+(``.<ms>.<name>``)."""
+
+
+async def prune_metadata(
+    remote: Remote,
+    directory: str,
+    *,
+    keep: int,
+    newest: str,
+    lock: Lock,
+    warn: Warn,
+    now: Callable[[], float] = time.time,
+) -> None:
+    """Keep the ``keep`` latest backups in ``directory``, whose ``lock`` the caller holds.
+
+    ``newest`` is the name of the one just written: it counts first, whatever the clock said
+    when the others were made.  Each removal is asked of the lock first (``Busy``); one that
+    fails does not stop the others and is raised at the end.  A cancel lets the backup at hand be
+    removed whole.  May be stopped anywhere and run again.
+    """
+    found = await read_dated(remote, directory)
+    for name, error in found.unreadable.items():
+        warn(
+            f"the metadata of {name} cannot be read: it does not count for the retention and stays",
+            {"path": f"{directory}/{name}", "error": error.message},
+        )
+    others = sorted(name for name in found.complete if name != newest)
+    errors: list[ProxyError] = []
+    for name in others[: max(0, len(others) - max(0, keep - 1))]:
+        await lock.check()
+        try:
+            await _remove(remote, f"{directory}/{name}")
+        except ProxyError as error:
+            errors.append(error)
+    for name in found.incomplete:
+        if name != newest:
+            await _remove_dead(remote, directory, name, lock, warn, older_than=now() - ORPHAN_AGE)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise Many(f"{len(errors)} old backups could not be deleted", errors)
+
+
+async def delete_metadata_backup(
+    remote: Remote, backup_id: str, *, owner: str = "delete", wait: float = 0
+) -> None:
+    """Remove one backup by its id; one that does not exist is no error.
+
+    Waits up to ``wait`` seconds for a run in the same directory (``Busy`` names it).  From the
+    first removal on a cancel waits for the last.
+    """
+    path = metadata_backup_path(backup_id)
+    directory = path.rpartition("/")[0]
+    try:
+        await remote.stat(path)
+    except NotFound:
+        return
+    async with lock_metadata(remote, directory, owner=owner, wait=wait) as lock:
+        await lock.check()
+        await _remove(remote, path)
+
+
+async def _remove(remote: Remote, path: str) -> None:
+    """The metadata durably first: from then on it is no backup any more."""
+    with undo_within(f"deleting {path}", _ONE_SECONDS):
+        await remote.unlink(f"{path}/{METADATA_NAME}")
+        await remote.rmtree(path)
+
+
+async def _remove_dead(
+    remote: Remote, directory: str, name: str, lock: Lock, warn: Warn, *, older_than: float
+) -> None:
+    """Remove a directory without metadata that nobody can be writing; in doubt it stays.
+
+    We hold the lock, but Xen Orchestra takes none and object stores may have none: everything in
+    it must be old.
+    """
+    path = f"{directory}/{name}"
+    try:
+        named = timestamp_of(name)
+        if named is None or named / 1000 > older_than:
+            return
+        entries = await remote.list(path)
+        if any(entry.is_dir or not _OURS.fullmatch(entry.name) for entry in entries):
+            warn(
+                f"{name} is no backup and holds files that are not a backup's: it stays",
+                {"path": path},
+            )
+            return
+        for entry in entries:
+            if (await remote.stat(f"{path}/{entry.name}")).mtime > older_than:
+                return
+        await lock.check()
+        with undo_within(f"removing {path}", _ONE_SECONDS):
+            if await _may_exist(remote, f"{path}/{METADATA_NAME}"):
+                return  # it has come since: a backup
+            for entry in entries:
+                await remote.unlink(f"{path}/{entry.name}")
+            await remote.rmdir(path)  # refuses when something has come since
+    except NotFound:
+        return  # an object store knows no empty directory
+    except ProxyError as error:
+        warn(f"could not remove the unfinished backup {name}", {"path": path, "error": str(error)})
+
+
+async def _may_exist(remote: Remote, path: str) -> bool:
+    """Asked again right before its data is removed; any doubt says yes."""
+    try:
+        await remote.stat(path)
+    except NotFound as error:
+        return error.code != "ENOENT"
+    return True
