@@ -10,7 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Many, NotFound, ProxyError
+from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.repository.clean import ORPHAN_AGE
 from proxy.repository.metadata_backup_paths import METADATA_NAME, metadata_backup_path
 from proxy.repository.metadata_backup_writer import lock_metadata
@@ -46,7 +46,8 @@ async def prune_metadata(
 
     ``newest`` is the name of the one just written: it counts first, whatever the clock said
     when the others were made.  Each removal is asked of the lock first (``Busy``); one that
-    fails does not stop the others and is raised at the end.  A cancel lets the backup at hand be
+    fails does not stop the others and is raised at the end, one that the storage protects
+    (``EPERM``: immutable files, Object Lock) is a warning.  A cancel lets the backup at hand be
     removed whole.  May be stopped anywhere and run again.
     """
     found = await read_dated(remote, directory)
@@ -57,12 +58,21 @@ async def prune_metadata(
         )
     others = sorted(name for name in found.complete if name != newest)
     errors: list[ProxyError] = []
+    protected: list[str] = []
     for name in others[: max(0, len(others) - max(0, keep - 1))]:
         await lock.check()
         try:
             await _remove(remote, f"{directory}/{name}")
         except ProxyError as error:
-            errors.append(error)
+            if isinstance(error, Refused) and error.code == "EPERM":
+                protected.append(f"{name}: {error.message}")
+            else:
+                errors.append(error)
+    if protected:
+        warn(
+            "old backups are protected and are removed by a later run",
+            {"path": directory, "backups": protected},
+        )
     for name in found.incomplete:
         if name != newest:
             await _remove_dead(remote, directory, name, lock, warn, older_than=now() - ORPHAN_AGE)

@@ -99,15 +99,21 @@ class RunLog:
         self._changed = trio.Event()
         self.ended = False
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record, scrubbed.  After the root's end nothing is accepted."""
+    def append(self, record: Mapping[str, Any], *, result: Any = None) -> None:
+        """Add one record, scrubbed.  After the root's end nothing is accepted.
+
+        ``result``, where given, takes the place of the record's as it is, not scrubbed.
+        """
         assert not self.ended, "a record after the root's end"
         task = record["id"]
         if record["type"] == "end":
             last = self._progress.pop(task, None)
             if last is not None:
                 self._records.append(last)
-        self._records.append(_encode(_plain(scrub(dict(record)))))
+        plain = _plain(scrub(dict(record)))
+        if result is not None:
+            plain["result"] = result
+        self._records.append(_encode(plain))
         self._notify()
 
     def set_progress(self, task: str, percent: int, timestamp: int) -> None:

@@ -46,6 +46,9 @@ class Task:
         self.end: int | None = None
         self.result: Any = None
         """What a success answers; set it before the block ends."""
+        self.handed_out: Any = None
+        """What a success answers to those who follow its log, and to nobody else: as it is,
+        secrets included, in no snapshot and never stored."""
         self._outcome: Status | None = None
         self._run = run
         self._scope = trio.CancelScope()
@@ -296,9 +299,12 @@ class Task:
             if outcome is Status.CANCELED and not self.cancel_requested:
                 self._request_cancel_late(now)
         record: dict[str, Any] = {"status": "success" if success else "failure"}
-        if result is not None:
+        handed_out = self.handed_out if success else None
+        if result is not None or handed_out is not None:
             record["result"] = result
-        self._emit({**record, "id": self.id, "timestamp": now, "type": "end"})
+        end = {**record, "id": self.id, "timestamp": now, "type": "end"}
+        self._run.log.append(end, result=handed_out)
+        self._touch()
         self._run.finished(self)
 
     def _request_cancel_late(self, now: int) -> None:

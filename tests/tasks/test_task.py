@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import Canceled, Many, Refused
+from proxy.runtime import secrets
 from proxy.tasks import Task, Tasks
 
 pytestmark = pytest.mark.virtual_clock
@@ -58,6 +59,31 @@ async def test_records_have_upstreams_shapes(tasks: Tasks) -> None:
         {"status": "success", "result": {"size": 12}, "id": vm_id, "type": "end"},
         {"status": "success", "result": "done", "id": root.id, "type": "end"},
     ]
+
+
+async def test_what_is_handed_out_stands_in_the_log_alone(tasks: Tasks) -> None:
+    """It must come as it is, and it may be full of secrets."""
+    secrets.remember("hunter2-hunter2")
+    content = '{"password":"hunter2-hunter2","url":"smb://u:hunter2-hunter2@h"}'
+
+    async def work(root: Task) -> None:
+        root.handed_out = content
+        async with root.child("left") as child:
+            child.handed_out = {"data": content}
+
+    root = tasks.start("metadataRestore", {}, work)
+    log = await records(tasks, root)
+    assert [r["result"] for r in log if r["type"] == "end"] == [{"data": content}, content]
+    assert list(log[-1]) == ["status", "result", "id", "timestamp", "type"]
+    assert b"hunter2" not in root.snapshot()
+    assert b"hunter2" not in bytes(await tasks.get(root.id))
+
+    async def failing(root: Task) -> None:
+        root.handed_out = content
+        raise Refused("no")
+
+    log = await records(tasks, tasks.start("metadataRestore", {}, failing))
+    assert log[-1]["result"]["message"] == "no"
 
 
 async def test_ids_sort_by_time_and_have_upstreams_form(tasks: Tasks) -> None:
