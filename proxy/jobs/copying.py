@@ -20,7 +20,6 @@ from proxy.runtime.threads import Work, in_thread
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from proxy.formats.xva_check import Validator
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
 
@@ -52,8 +51,18 @@ class NoConsumers(ProxyError):
         super().__init__("no more consumers for this stream")
 
 
+class Validator(Protocol):
+    """Knows a format: fed every byte, then asked whether that was a whole file."""
+
+    def feed(self, view: memoryview, /) -> None: ...
+
+    def finish(self) -> None:
+        """Raise ``Corrupt`` unless it was."""
+        ...
+
+
 class Check:
-    """Looks at every byte of an XVA: is it whole, and what is its MD5?
+    """Looks at every byte of a stream: is it whole, and what is its MD5?
 
     ``feed`` and ``finish`` are CPU work; ``digest`` is valid after ``finish``.
     """

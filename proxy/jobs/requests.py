@@ -31,10 +31,11 @@ class BackupRequest:
 
     def properties(self) -> dict[str, Any]:
         """Of the root task: every key of ``jobData``, completed from the job itself."""
+        mode = {"mode": self.job["mode"]} if "mode" in self.job else {}
         return {
             "jobId": self.job_id,
             "jobName": self.job.get("name"),
-            "mode": self.job.get("mode"),
+            **mode,
             "scheduleId": self.schedule.get("id"),
             **self.job_data,
         }

@@ -56,7 +56,7 @@ async def restore_full(
                 xapi.import_vm(sr_ref, length=file.size) as upload,
                 _imported(task, xapi) as made,
             ):
-                await _send(transfer, file, upload)
+                await send_file(transfer, file, upload)
                 made.extend(str(ref) for ref in await upload.finish())
                 if not made:
                     raise Corrupt("the archive holds no VM: nothing was restored")
@@ -103,7 +103,7 @@ def _check_size(record: BackupRecord, path: str, size: int) -> None:
         )
 
 
-async def _send(transfer: Task, file: FileReader, upload: Upload) -> None:
+async def send_file(transfer: Task, file: FileReader, upload: Upload) -> None:
     """File to host, reading ahead while the network takes the block before."""
     pool = BufferPool(_BUFFERS)
     send, receive = trio.open_memory_channel[Buffer](_BUFFERS)

@@ -11,6 +11,9 @@ import trio
 
 from proxy.errors import Busy, Refused
 from proxy.jobs.incremental_restore import restore_incremental
+from proxy.jobs.metadata_job import understand_metadata
+from proxy.jobs.metadata_restore import read_configuration, restore_pool
+from proxy.jobs.metadata_run import run_metadata_job
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
@@ -18,18 +21,22 @@ from proxy.jobs.sweep import Sweeper
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote
-from proxy.repository import backup_path, read_backup, vm_directory
+from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
+from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
 from proxy.repository.verify import sample_of
 from proxy.runtime import secrets
 from proxy.xapi import Xapi, XapiOptions, connect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from proxy.config import Config
+    from proxy.jobs.metadata_job import MetadataJob
+    from proxy.jobs.metadata_restore import MetadataRestoreRequest
+    from proxy.jobs.requests import VmJob
     from proxy.jobs.verify_run import VerifyRequest
     from proxy.remotes import Remote
     from proxy.tasks import Task, Tasks
@@ -106,8 +113,7 @@ class Services:
         running``) while the job's former run is alive.
         """
         self._refuse_when_stopping()
-        backups = self.config.backups
-        job = understand(request, [backups.default_settings, backups.vm.default_settings])
+        job, work = self._runner(request)
         running = self._jobs.get(job.id)
         if job.id and running is not None and running.pending:
             raise Busy(
@@ -116,11 +122,22 @@ class Services:
                 data={"jobId": job.id, "taskId": running.id},
             )
         secrets.remember_in([*request.remotes.values(), *request.xapis.values()])
-        task = self._start(
-            "backup run", request.properties(), lambda root: run_vm_job(self, job, root)
-        )
+        task = self._start("backup run", request.properties(), work)
         self._jobs[job.id] = task
         return task
+
+    def _runner(
+        self, request: BackupRequest
+    ) -> tuple[VmJob | MetadataJob, Callable[[Task], Awaitable[None]]]:
+        """The job as understood, and the work of its root task."""
+        backups = self.config.backups
+        if request.job.get("type") == "metadataBackup":
+            metadata_job = understand_metadata(
+                request, backups.default_settings, backups.metadata.default_settings
+            )
+            return metadata_job, lambda root: run_metadata_job(self, metadata_job, root)
+        job = understand(request, [backups.default_settings, backups.vm.default_settings])
+        return job, lambda root: run_vm_job(self, job, root)
 
     async def start_restore(self, request: RestoreRequest) -> Task:
         """Open the remote and the pool, read the metadata, then begin the restore.
@@ -155,6 +172,45 @@ class Services:
             "time": record.backup.timestamp,
         }
         return self._start("restore", properties, work)
+
+    async def start_metadata_restore(self, request: MetadataRestoreRequest) -> Task:
+        """Open the remote and the pool, read the metadata, then begin the restore.
+
+        What is wrong with these is raised here and makes no task.
+        """
+        self._refuse_when_stopping()
+        path = metadata_backup_path(request.backup_id)
+        spec = request.xapi
+        secrets.remember_in([request.remote, spec])
+        of_pool = is_pool_backup(path)
+        if of_pool and spec is None:
+            raise Refused(
+                "a pool's metadata is restored to a pool: xapi is missing",
+                code="EINVAL",
+                data={"part": "xapi"},
+            )
+        if request.dry_run and not of_pool:
+            raise Refused(
+                "only the restore of a pool's metadata has a dry run",
+                code="EINVAL",
+                data={"part": "dryRun"},
+            )
+        async with self.remote(request.remote) as remote:
+            metadata = await read_metadata_backup(remote, path)
+        if of_pool and spec is not None:
+            async with self.xapi(spec):
+                pass
+
+        async def work(root: Task) -> Any:
+            async with self.remote(request.remote) as remote:
+                if not of_pool or spec is None:
+                    root.handed_out = await read_configuration(remote, path, metadata)
+                    return None
+                async with self.xapi(spec) as xapi:
+                    return await restore_pool(root, remote, path, xapi, dry_run=request.dry_run)
+
+        asked = {"dryRun": True} if request.dry_run else {}
+        return self._start("metadataRestore", {"metadata": metadata, **asked}, work)
 
     async def start_verify(self, request: VerifyRequest) -> VerifyRun:
         """Begin to look at the backups of a remote.

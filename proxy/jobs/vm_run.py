@@ -9,6 +9,7 @@ import trio
 
 from proxy.errors import Canceled, Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
+from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.power import start_left_off
 from proxy.jobs.rate_limit import RateLimit
 from proxy.jobs.targets import RemoteTarget
@@ -34,7 +35,14 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     for key in job.settings.unknown_keys():
         root.warning(f"the setting '{key}' is not known and has no effect")
     async with contextlib.AsyncExitStack() as stack:
-        remotes = await _open_remotes(services, job, root, stack)
+        remotes = await open_remotes(
+            services,
+            job.request,
+            job.remote_ids,
+            root,
+            stack,
+            seconds=settings.get_remote_timeout / 1000,
+        )
         if not remotes and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
@@ -42,24 +50,6 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
         async with trio.open_nursery() as nursery:
             for vm_uuid in job.vms:
                 nursery.start_soon(run.one_vm, vm_uuid)
-
-
-async def _open_remotes(
-    services: Services, job: VmJob, root: Task, stack: contextlib.AsyncExitStack
-) -> dict[str, Remote]:
-    """Every target that opens; one that does not is a failed task and the run goes on."""
-    opened: dict[str, Remote] = {}
-    seconds = job.settings.run.get_remote_timeout / 1000
-    for remote_id in job.remote_ids:
-        try:
-            spec = job.request.remotes.get(remote_id)
-            if spec is None:
-                raise NotFound(f"the call names no remote {remote_id}", data={"id": remote_id})
-            with deadline(f"opening remote {remote_id}", seconds):
-                opened[remote_id] = await stack.enter_async_context(services.remote(spec))
-        except ProxyError as error:
-            await _failed(root.child("get remote adapter", id=remote_id, type="remote"), error)
-    return opened
 
 
 class _VmRun:
@@ -103,7 +93,7 @@ class _VmRun:
         try:
             xapi_spec = self._xapi_of(vm_uuid)
         except ProxyError as error:
-            await _failed(self._vm_task(vm_uuid, None), error)
+            await failed(self._vm_task(vm_uuid, None), error)
             return
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -112,7 +102,7 @@ class _VmRun:
                 ref = await xapi.by_uuid("VM", vm_uuid)
                 vm = await xapi.record("VM", ref)
             except Exception as error:  # noqa: BLE001  a VM without task would pass for a success
-                await _failed(self._vm_task(vm_uuid, None), error)
+                await failed(self._vm_task(vm_uuid, None), error)
                 return
             async with self._vm_task(vm_uuid, vm["name_label"]) as task:
                 settings = self._job.settings.vm(vm_uuid, vm.get("tags", ()))
@@ -228,7 +218,7 @@ class _VmRun:
                     )
                 except ProxyError as error:
                     errors.append(error)
-                    await _failed(
+                    await failed(
                         task.child("export", id=remote_id, type="remote", isFull=True), error
                     )
                     continue
@@ -240,13 +230,6 @@ class _VmRun:
                     else Many.all_targets("writer.beforeBackup()", errors)
                 )
             yield targets
-
-
-async def _failed(task: AbstractAsyncContextManager[Task], error: Exception) -> None:
-    """A task that only says that something could not be begun."""
-    with contextlib.suppress(type(error)):
-        async with task:
-            raise error
 
 
 def _seconds(left: float) -> float:

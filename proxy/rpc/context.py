@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     import trio
 
     from proxy.config import ApiConfig
-    from proxy.jobs import BackupRequest, RestoreRequest, VerifyRequest, VerifyRun
+    from proxy.jobs import (
+        BackupRequest,
+        MetadataRestoreRequest,
+        RestoreRequest,
+        VerifyRequest,
+        VerifyRun,
+    )
     from proxy.remotes.interface import Remote
     from proxy.rpc.auth import Authenticator
     from proxy.rpc.registry import Registry
@@ -43,6 +49,8 @@ class Services(Protocol):
     def start_backup(self, request: BackupRequest, /) -> Task: ...
 
     async def start_restore(self, request: RestoreRequest, /) -> Task: ...
+
+    async def start_metadata_restore(self, request: MetadataRestoreRequest, /) -> Task: ...
 
     async def start_verify(self, request: VerifyRequest, /) -> VerifyRun: ...
 

@@ -42,6 +42,8 @@ class HostTask:
         self.ref = ref
         self.engaged = False
         self.settled = False
+        self.succeeded = False
+        """It is known to have ended in success, be it in spite of a cancel."""
 
 
 class Xapi:
@@ -137,6 +139,7 @@ class Xapi:
         task.settled = True
         match record["status"]:
             case "success":
+                task.succeeded = True
                 return parse_result(str(record.get("result") or ""))
             case "cancelled":
                 raise XapiError("TASK_CANCELLED", [task.ref], method=method)
@@ -314,6 +317,16 @@ class Xapi:
     ) -> AbstractAsyncContextManager[transfer.Upload]:
         """Upload an XVA archive of ``length`` bytes to an SR (see ``transfer.Upload``)."""
         return transfer.import_vm(self, sr_ref, length=length)
+
+    def export_pool(self) -> AbstractAsyncContextManager[transfer.Download]:
+        """Download the pool's database (see ``transfer.Download``)."""
+        return transfer.export_pool(self)
+
+    def import_pool(
+        self, *, length: int, dry_run: bool
+    ) -> AbstractAsyncContextManager[transfer.Upload]:
+        """Upload a database of ``length`` bytes over the pool's (see ``transfer.import_pool``)."""
+        return transfer.import_pool(self, length=length, dry_run=dry_run)
 
 
 @asynccontextmanager

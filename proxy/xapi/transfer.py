@@ -136,6 +136,11 @@ class Upload:
         """Close the socket at once; what it still holds is thrown away."""
         self._connection.abort()
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether the host is known to have taken it, also when nobody waited for that."""
+        return self._task.succeeded
+
     async def imported_vms(self) -> list[str]:
         """The VMs that this import is making now (references)."""
         return await _being_imported(self._xapi, self._task)
@@ -223,6 +228,29 @@ async def import_vm(xapi: Xapi, sr_ref: str, *, length: int) -> AsyncIterator[Up
                 body.abort()
             if task.engaged and not (body is not None and body.finished):
                 await _undo_import(xapi, task)
+
+
+_DATABASE: Final = "/pool/xmldbdump"
+
+
+@asynccontextmanager
+async def export_pool(xapi: Xapi) -> AsyncIterator[Download]:
+    """The pool's database as XML."""
+    async with download(xapi, _DATABASE, {}, name="Export pool metadata") as body:
+        yield body
+
+
+@asynccontextmanager
+async def import_pool(xapi: Xapi, *, length: int, dry_run: bool) -> AsyncIterator[Upload]:
+    """Restore a database; the host looks at all of it first and reboots when it took it.
+
+    With ``dry_run`` it only looks.  Left before the last byte was sent, nothing is restored.  Left
+    after it, the host goes on: its end is waited for, bounded, and ``succeeded`` tells it when
+    the block has been left.
+    """
+    query = {"dry_run": "true"} if dry_run else {}
+    async with upload(xapi, _DATABASE, query, length=length, name="Import pool metadata") as body:
+        yield body
 
 
 async def _undo_import(xapi: Xapi, task: HostTask) -> None:

@@ -93,7 +93,7 @@ class Target:
 async def copy(
     source: Bytes, *targets: Target, pool: BufferPool, bad: bytes = b"", rate: float = 0
 ) -> tuple[FanOut, Check, Exception | None]:
-    check = Check(AnyStream(bad))  # type: ignore[arg-type]
+    check = Check(AnyStream(bad))
     fan_out = FanOut(source, pool, check, RateLimit(rate))
     error: Exception | None = None
     with inline_threads():

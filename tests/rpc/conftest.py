@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from proxy.jobs import VerifyRequest, VerifyRun
+    from proxy.jobs import MetadataRestoreRequest, VerifyRequest, VerifyRun
     from proxy.jobs.requests import BackupRequest, RestoreRequest
     from proxy.remotes.interface import Remote
     from proxy.rpc.app import App
@@ -63,6 +63,9 @@ class StubServices:
         raise AssertionError(request)
 
     async def start_restore(self, request: RestoreRequest, /) -> Task:
+        raise AssertionError(request)
+
+    async def start_metadata_restore(self, request: MetadataRestoreRequest, /) -> Task:
         raise AssertionError(request)
 
     async def start_verify(self, request: VerifyRequest, /) -> VerifyRun:

@@ -95,17 +95,15 @@ async def test_call_as_recorded(
 
 
 LATER = {
-    "backup.deleteMetadataBackup",
     "backup.fetchPartitionFiles",
     "backup.listDiskPartitions",
     "backup.listPartitionFiles",
-    "backup.listPoolMetadataBackups",
-    "backup.listXoMetadataBackups",
-    "backup.restoreMetadataBackup",
     "backup.mountPartition",
     "backup.unmountPartition",
 }
 """Not offered yet."""
+MORE: dict[str, dict[str, Any]] = {"backup.restoreMetadataBackup": {"dryRun": {"type": "boolean"}}}
+"""Parameters that upstream does not have."""
 
 
 async def test_every_method_of_upstream_has_its_name_and_parameters(
@@ -117,5 +115,6 @@ async def test_every_method_of_upstream_has_its_name_and_parameters(
     assert header == recorded["answer"][0]
     by_name = {method["name"]: method for method in ours}
     for method in recorded["answer"][1:]:
-        if method["name"] not in LATER:
-            assert by_name[method["name"]] == method
+        name = method["name"]
+        if name not in LATER:
+            assert by_name[name] == {**method, "params": method["params"] | MORE.get(name, {})}

@@ -1,4 +1,4 @@
-"""The methods, a file per namespace, in the order in which they are listed."""
+"""The methods, a file per namespace (two of ``backup``), in the order in which they are listed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from proxy.rpc.methods import (
     authentication,
     backup,
     event,
+    metadata_backup,
     remote,
     system,
     task,
@@ -18,7 +19,17 @@ from proxy.rpc.registry import Registry
 def standard(*more: Registry) -> Registry:
     """Every method of this room, and ``more``."""
     registry = Registry()
-    for module in (system, test, appliance, authentication, backup, remote, event, task):
+    for module in (
+        system,
+        test,
+        appliance,
+        authentication,
+        backup,
+        metadata_backup,
+        remote,
+        event,
+        task,
+    ):
         registry.include(module.methods)
     for methods in more:
         registry.include(methods)

@@ -1,0 +1,281 @@
+"""A run that backs up pools' databases and Xen Orchestra's configuration.
+
+Each pool and the configuration is a part with a task of its own, and in it each remote: what
+fails in one touches no other.  A pool's database is read once for all remotes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from proxy.errors import NotFound, ProxyError
+from proxy.formats.pool_database import DatabaseCheck
+from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.opening import failed, open_remotes
+from proxy.jobs.rate_limit import RateLimit
+from proxy.jobs.targets import now_ms
+from proxy.repository import lock_metadata, open_metadata_backup, prune_metadata
+from proxy.repository.metadata_backup_paths import BINARY_DATA, config_directory, pool_directory
+from proxy.runtime.buffers import BufferPool
+from proxy.runtime.deadlines import deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from proxy.jobs.copying import Consumer
+    from proxy.jobs.metadata_job import Configuration, MetadataJob
+    from proxy.jobs.services import Services
+    from proxy.remotes import Remote
+    from proxy.repository.metadata_backup_writer import MetadataBackupWriter
+    from proxy.tasks import Task
+    from proxy.xapi import Xapi
+
+    Feed = Callable[[Task, MetadataBackupWriter], Awaitable[None]]
+
+_BUFFERS = 16
+_BUFFER_SIZE = 1024 * 1024
+"""More than most databases have: a remote that stalls does not hold up the others."""
+
+
+async def run_metadata_job(services: Services, job: MetadataJob, root: Task) -> None:
+    """The work of the root task.  What fails inside a part fails that part's task only."""
+    async with contextlib.AsyncExitStack() as stack:
+        remotes = await open_remotes(
+            services,
+            job.request,
+            job.remote_ids,
+            root,
+            stack,
+            seconds=job.settings.get_remote_timeout / 1000,
+        )
+        if not remotes:
+            return
+        run = _MetadataRun(services, job, root, remotes)
+        async with trio.open_nursery() as nursery:
+            if job.configuration is not None:
+                nursery.start_soon(run.configuration, job.configuration)
+            for pool_uuid in job.pools:
+                nursery.start_soon(run.pool, pool_uuid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What all remotes of one pool, or of the configuration, have in common."""
+
+    name: str
+    """Of the task of each remote, without the remote."""
+    directory: str
+    data: str
+    timestamp: int
+    """Milliseconds: when the part began."""
+    metadata: dict[str, Any]
+    keep: int
+
+
+class _MetadataRun:
+    """The parts of one run."""
+
+    def __init__(
+        self, services: Services, job: MetadataJob, root: Task, remotes: dict[str, Remote]
+    ) -> None:
+        self._services = services
+        self._job = job
+        self._root = root
+        self._remotes = remotes
+        settings = job.settings
+        self._rate = RateLimit(settings.max_export_rate)
+        parts = len(job.pools) + (job.configuration is not None)
+        at_once = int(settings.concurrency)
+        self._slots = trio.Semaphore(at_once if at_once > 0 else parts)
+        self._ends_at = (
+            trio.current_time() + settings.timeout / 1000 if settings.timeout else float("inf")
+        )
+        self._copies = parts * len(remotes)
+        self._copied = 0
+
+    # -- parts -------------------------------------------------------------------------------
+
+    async def configuration(self, configuration: Configuration) -> None:
+        """Store the configuration on every remote; every end of it stands in the log."""
+        name = "Starting XO metadata backup"
+        job = self._job
+
+        def begin() -> AbstractAsyncContextManager[Task]:
+            return self._root.child(f"{name}. ({job.id})", type="xo")
+
+        async def work() -> None:
+            async with begin() as task:
+                timestamp = now_ms()
+                part = _Part(
+                    name=name,
+                    directory=config_directory(job.schedule_id),
+                    data=configuration.name,
+                    timestamp=timestamp,
+                    metadata={
+                        "data": f"./{configuration.name}",
+                        **job.described(),
+                        "timestamp": timestamp,
+                    },
+                    keep=job.settings.retention_xo_metadata,
+                )
+
+                async def feed(_: Task, writer: MetadataBackupWriter) -> None:
+                    await writer.write(configuration.content)
+
+                with self._time_limit():
+                    async with trio.open_nursery() as nursery:
+                        for remote_id in self._remotes:
+                            nursery.start_soon(self._copy, task, part, remote_id, feed)
+
+        await self._in_slot(("type", "xo"), begin, work)
+
+    async def pool(self, pool_uuid: str) -> None:
+        """Store one pool's database on every remote; every end of it stands in the log."""
+        name = f"Starting metadata backup for the pool ({pool_uuid})"
+
+        def begin(**records: Any) -> AbstractAsyncContextManager[Task]:
+            properties = {"id": pool_uuid, **records, "type": "pool"}
+            return self._root.child(f"{name}. ({self._job.id})", **properties)
+
+        async def work() -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    spec = self._xapi(pool_uuid)
+                    xapi = await stack.enter_async_context(self._services.xapi(spec))
+                    await self._services.sweeper.contact(self._root, xapi)
+                    pool = await xapi.record("pool", await xapi.by_uuid("pool", pool_uuid))
+                    master = await xapi.record("host", pool["master"])
+                except Exception as error:  # noqa: BLE001  no task would pass for a success
+                    await failed(
+                        self._root.child("get pool record", id=pool_uuid, type="pool"), error
+                    )
+                    return
+                async with begin(pool=pool, poolMaster=master) as task:
+                    described = self._job.described()
+                    timestamp = now_ms()
+                    part = _Part(
+                        name=name,
+                        directory=pool_directory(self._job.schedule_id, pool_uuid),
+                        data=BINARY_DATA,
+                        timestamp=timestamp,
+                        metadata={
+                            "jobId": described.pop("jobId"),
+                            "jobName": described.pop("jobName"),
+                            "pool": pool,
+                            "poolMaster": master,
+                            **described,
+                            "timestamp": timestamp,
+                        },
+                        keep=self._job.settings.retention_pool_metadata,
+                    )
+                    with self._time_limit():
+                        await self._export(task, part, xapi, pool_uuid)
+
+        await self._in_slot(("id", pool_uuid), begin, work)
+
+    async def _in_slot(
+        self,
+        about: tuple[str, str],
+        begin: Callable[[], AbstractAsyncContextManager[Task]],
+        work: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Wait for a slot, then work.  A part that a cancel meets before has its task all the same.
+
+        ``about`` is a property by which that task is known.
+        """
+        name, value = about
+        try:
+            try:
+                async with self._slots:
+                    await work()
+            except trio.Cancelled:
+                if not any(child.properties.get(name) == value for child in self._root.children):
+                    async with begin():
+                        await trio.lowlevel.checkpoint()
+                raise
+        except Exception:  # noqa: BLE001, S110  in the log of the part's task
+            pass
+
+    def _xapi(self, pool_uuid: str) -> dict[str, Any]:
+        request = self._job.request
+        spec = request.xapis.get(request.record_to_xapi.get(pool_uuid, ""))
+        if spec is None:
+            raise NotFound(f"no XAPI associated to {pool_uuid}", data={"id": pool_uuid})
+        return dict(spec)
+
+    def _time_limit(self) -> AbstractContextManager[object]:
+        left = self._ends_at - trio.current_time()
+        return deadline("the job's timeout", 0.0 if left == float("inf") else max(left, 0.001))
+
+    # -- copies ------------------------------------------------------------------------------
+
+    async def _export(self, task: Task, part: _Part, xapi: Xapi, pool_uuid: str) -> None:
+        """Read the database once into every remote.
+
+        Raises what is wrong with the source; remotes that failed tell that in their own tasks.
+        """
+        broken: ProxyError | None = None
+        async with xapi.export_pool() as download:
+            check = Check(DatabaseCheck(pool_uuid))
+            fan_out = FanOut(download, BufferPool(_BUFFERS, _BUFFER_SIZE), check, self._rate)
+            async with trio.open_nursery() as nursery:
+                for remote_id in self._remotes:
+                    consumer = fan_out.target()
+                    nursery.start_soon(self._receive, task, part, remote_id, consumer)
+                try:
+                    await fan_out.run()
+                except NoConsumers:
+                    pass  # the remotes' own errors tell why
+                except ProxyError as error:
+                    broken = error  # raised below, when the remotes have ended
+        if broken is not None:
+            raise broken
+
+    async def _receive(self, task: Task, part: _Part, remote_id: str, consumer: Consumer) -> None:
+        async def feed(copy: Task, writer: MetadataBackupWriter) -> None:
+            copy.progress(0, None)
+            while (buffer := await consumer.next()) is not None:
+                with consumer.using(buffer) as view:
+                    await writer.write(view)
+                copy.progress(writer.size, None)
+            copy.complete_progress()
+
+        try:
+            await self._copy(task, part, remote_id, feed)
+        finally:
+            consumer.leave()
+
+    async def _copy(self, task: Task, part: _Part, remote_id: str, feed: Feed) -> None:
+        """One remote's task; its failure is in the log, the other remotes go on."""
+        name = f"{part.name} for the remote ({remote_id}). ({self._job.id})"
+        try:
+            async with task.child(name, id=remote_id, type="remote") as copy:
+                await self._store(copy, part, self._remotes[remote_id], feed)
+        except Exception:  # noqa: BLE001  in the log of the copy
+            return
+        self._copied += 1
+        self._root.set_property("progress", self._copied * 100 // self._copies)
+
+    async def _store(self, copy: Task, part: _Part, remote: Remote, feed: Feed) -> None:
+        """Data, metadata, retention.  Until the metadata is written an end leaves nothing."""
+        wait = self._job.settings.get_remote_timeout / 1000
+        async with lock_metadata(remote, part.directory, owner=self._root.id, wait=wait) as lock:
+            async with open_metadata_backup(
+                remote, part.directory, part.timestamp, part.data
+            ) as writer:
+                await feed(copy, writer)
+                await lock.check()
+                await writer.commit(part.metadata)
+            await prune_metadata(
+                remote,
+                part.directory,
+                keep=part.keep,
+                newest=writer.name,
+                lock=lock,
+                warn=copy.warning,
+            )

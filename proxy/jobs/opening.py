@@ -1,0 +1,48 @@
+"""Opening the remotes of a run: one that does not open is a failed task, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from proxy.errors import NotFound, ProxyError
+from proxy.runtime.deadlines import deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.jobs.requests import BackupRequest
+    from proxy.jobs.services import Services
+    from proxy.remotes import Remote
+    from proxy.tasks import Task
+
+
+async def open_remotes(
+    services: Services,
+    request: BackupRequest,
+    remote_ids: Sequence[str],
+    root: Task,
+    stack: contextlib.AsyncExitStack,
+    *,
+    seconds: float,
+) -> dict[str, Remote]:
+    """Every one that opens within ``seconds``, by its id; they stay open with ``stack``."""
+    opened: dict[str, Remote] = {}
+    for remote_id in remote_ids:
+        try:
+            spec = request.remotes.get(remote_id)
+            if spec is None:
+                raise NotFound(f"the call names no remote {remote_id}", data={"id": remote_id})
+            with deadline(f"opening remote {remote_id}", seconds):
+                opened[remote_id] = await stack.enter_async_context(services.remote(spec))
+        except ProxyError as error:
+            await failed(root.child("get remote adapter", id=remote_id, type="remote"), error)
+    return opened
+
+
+async def failed(task: AbstractAsyncContextManager[Task], error: Exception) -> None:
+    """A task that only says that something could not be begun."""
+    with contextlib.suppress(type(error)):
+        async with task:
+            raise error
