@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -60,7 +61,7 @@ async def test_what_does_not_fit_is_refused_by_the_task_alone(
 
 
 async def test_a_restore_needs_its_length(client: Client, pool: SimulatedPool) -> None:
-    async def pieces() -> Any:
+    async def pieces() -> AsyncIterator[bytes]:
         yield b"<database/>"
 
     answer = await client.http.put(client.data_url("/pool/xmldbdump"), content=pieces())
@@ -72,7 +73,7 @@ async def test_a_cut_upload_restores_nothing(client: Client, pool: SimulatedPool
     body, _ = await dump(client)
     task = await client.new_task()
 
-    async def pieces() -> Any:
+    async def pieces() -> AsyncIterator[bytes]:
         yield body[:1000]
         await trio.sleep_forever()
 
@@ -92,9 +93,13 @@ async def test_nothing_stops_a_restore_that_has_every_byte(
     body, _ = await dump(client)
     gate = pool.pause_at("/pool/xmldbdump", stage="after")
     task = await client.new_task()
+
+    async def put(url: httpx.URL) -> None:
+        await client.http.put(url, content=body)
+
     async with trio.open_nursery() as nursery:
         url = client.data_url("/pool/xmldbdump", task_id=task)
-        nursery.start_soon(lambda: client.http.put(url, content=body))
+        nursery.start_soon(put, url)
         await gate.reached()
         await client.call("task.cancel", task)
         gate.release()
