@@ -17,6 +17,7 @@ from rich.table import Table
 
 from proxy.cli.client import Client, Stream, connection
 from proxy.cli.failures import Failure
+from proxy.cli.metadata import metadata
 from proxy.cli.verifying import verify
 from proxy.cli.views import Note
 
@@ -34,6 +35,7 @@ def backups(client: Client) -> None:
 
 
 backups.add_command(verify)
+backups.add_command(metadata)
 
 
 @backups.command("list")
