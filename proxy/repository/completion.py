@@ -15,7 +15,7 @@ from proxy.runtime.deadlines import undo_within
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable
 
     from proxy.remotes.interface import Remote
 
@@ -96,13 +96,6 @@ async def free_date(remote: Remote, directory: str, timestamp_ms: float, *, afte
     writer may still live where the storage has no locks.
     """
     names = [entry.name for entry in await remote.list(directory)]
-    return first_free_date(names, directory, timestamp_ms, after=after)
-
-
-def first_free_date(
-    names: Iterable[str], directory: str, timestamp_ms: float, *, after: str = ""
-) -> str:
-    """As :func:`free_date`, of a ``directory`` with these ``names``."""
     taken = {match[0] for name in names for match in DATE_NAME.finditer(name)}
     for seconds in range(_FREE_SECONDS):
         date = date_name(timestamp_ms + seconds * 1000)

@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError
-from proxy.repository.completion import first_free_date
+from proxy.repository.completion import free_date
 from proxy.repository.metadata_backup_paths import METADATA_NAME
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.trouble import tell_trouble
@@ -139,11 +139,8 @@ async def open_metadata_backup(
     Leaving without :meth:`MetadataBackupWriter.commit`, an error and a cancel before step 3 ends
     remove it at once.
     """
-    try:
-        names = [entry.name for entry in await remote.list(directory)]
-    except NotFound:
-        names = []  # an object store knows no directory without a file
-    date = first_free_date(names, directory, timestamp_ms)
+    await remote.mktree(directory)
+    date = await free_date(remote, directory, timestamp_ms)
     writer = MetadataBackupWriter(remote, f"{directory}/{date}", data)
     try:
         await remote.mktree(f"{directory}/{date}")
