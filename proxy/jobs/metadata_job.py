@@ -75,14 +75,14 @@ class MetadataJob:
     request: BackupRequest
 
     def described(self) -> dict[str, Any]:
-        """The fields that the metadata of every backup of this run has."""
-        job, schedule = self.request.job, self.request.schedule
-        return {
+        """The fields that the metadata of every backup of this run has; what has no name, none."""
+        fields = {
             "jobId": self.id,
-            "jobName": job.get("name"),
+            "jobName": self.request.job.get("name"),
             "scheduleId": self.schedule_id,
-            "scheduleName": schedule.get("name"),
+            "scheduleName": self.request.schedule.get("name"),
         }
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 def understand_metadata(

@@ -116,11 +116,13 @@ class _MetadataRun:
                     directory=config_directory(job.schedule_id),
                     data=configuration.name,
                     timestamp=timestamp,
-                    metadata={
-                        "data": f"./{configuration.name}",
-                        **job.described(),
-                        "timestamp": timestamp,
-                    },
+                    metadata=_in_order(
+                        {
+                            **job.described(),
+                            "data": f"./{configuration.name}",
+                            "timestamp": timestamp,
+                        }
+                    ),
                     keep=job.settings.retention_xo_metadata,
                 )
 
@@ -156,21 +158,16 @@ class _MetadataRun:
                     )
                     return
                 async with begin(pool=pool, poolMaster=master) as task:
-                    described = self._job.described()
                     timestamp = now_ms()
+                    records = {"pool": pool, "poolMaster": master}
                     part = _Part(
                         name=name,
                         directory=pool_directory(self._job.schedule_id, pool_uuid),
                         data=BINARY_DATA,
                         timestamp=timestamp,
-                        metadata={
-                            "jobId": described.pop("jobId"),
-                            "jobName": described.pop("jobName"),
-                            "pool": pool,
-                            "poolMaster": master,
-                            **described,
-                            "timestamp": timestamp,
-                        },
+                        metadata=_in_order(
+                            {**self._job.described(), **records, "timestamp": timestamp}
+                        ),
                         keep=self._job.settings.retention_pool_metadata,
                     )
                     with self._time_limit():
@@ -279,3 +276,8 @@ class _MetadataRun:
                 lock=lock,
                 warn=copy.warning,
             )
+
+
+def _in_order(metadata: dict[str, Any]) -> dict[str, Any]:
+    """As Xen Orchestra writes it, whose order is that of the names."""
+    return dict(sorted(metadata.items()))

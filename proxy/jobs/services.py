@@ -207,6 +207,9 @@ class Services:
                     root.handed_out = await read_configuration(remote, path, metadata)
                     return None
                 async with self.xapi(spec) as xapi:
+                    if not request.dry_run:
+                        # The restored database will not know what is left, nor whose it is.
+                        await self.sweeper.contact(root, xapi)
                     return await restore_pool(root, remote, path, xapi, dry_run=request.dry_run)
 
         asked = {"dryRun": True} if request.dry_run else {}

@@ -25,6 +25,7 @@ from proxy.simulator.pool import PASSWORD
 
 from .conftest import JOB, SCHEDULE, House, Outcome, open_house, until
 from .test_full_backup import recorded, shape
+from .test_sweep import dead_run, exists, make_vm, marks, swept
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CONFIG = '{"users": [{"id": "u1"}]}'
@@ -216,6 +217,13 @@ async def test_a_schedule_makes_what_it_keeps(house: House) -> None:
     await house.run(request(house, remotes=("r3",), xoMetadata=False))
     assert (len(backups(house, "xo", "r3")), len(backups(house, "pool", "r3"))) == (0, 1)
     await house.run(request(house, remotes=("r4",), pools=[]))
+
+
+async def test_a_run_sweeps_the_pool_first(house: House) -> None:
+    left, disk = make_vm(house.pool, marks(house, await dead_run(house)))
+    outcome = await house.run(request(house))
+    assert (outcome.status, len(swept(outcome))) == ("success", 1)
+    assert exists(house.pool, left, disk) == [False, False]
 
 
 # -- retention ----------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_what_xen_orchestra_sends_is_understood() -> None:
     assert (job.configuration.name, job.configuration.content) == ("data.json", b"{}")
     assert job.settings.retention_pool_metadata == 2
     assert list(job.described().values()) == ["job", "metadata job", SCHEDULE, "nightly"]
+    assert list(understood(name=None).described()) == ["jobId", "scheduleId", "scheduleName"]
 
 
 def test_bytes_of_a_configuration_are_decoded() -> None:

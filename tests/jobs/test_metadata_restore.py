@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from proxy.errors import Corrupt, NotFound, ProxyError, Refused, Unauthorized
 from proxy.jobs import MetadataRestoreRequest
@@ -19,6 +20,7 @@ from proxy.tasks import Task
 from .conftest import House
 from .test_full_backup import recorded, shape
 from .test_metadata_backup import backups, clean, request
+from .test_sweep import dead_run, exists, make_vm, marks, swept
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "repository" / "metadata" / "remote"
 
@@ -127,6 +129,32 @@ async def test_a_connection_that_breaks_restores_nothing(
     assert outcome.error("metadataRestore")["message"] == "the tag of the file is wrong"
     assert house.pool.restored == []
     await clean(house)
+
+
+async def test_weakness_5_a_restore_keeps_what_it_needs_open(house: House) -> None:
+    """Upstream lets go of the remote and the pool when the answer begins; what is unused is closed
+    at once here."""
+    house.pool.database_filler = 8_000_000
+    await house.run(request(house))
+    folder = backups(house, "pool")[0]
+    gate = house.pool.pause_at("/pool/xmldbdump", at_bytes=1_000_000)
+    task = await restore(house, folder)
+    await gate.reached()
+    await trio.sleep(0.3)
+    gate.release()
+    assert (await house.outcome(task)).status == "success"
+    assert house.pool.restored == [(folder / "data").read_bytes()]
+    await clean(house)
+
+
+async def test_dead_runs_are_swept_while_the_pool_still_knows_whose_they_are(house: House) -> None:
+    await house.run(request(house))
+    left, disk = make_vm(house.pool, marks(house, await dead_run(house)))
+    await house.outcome(await restore(house, backups(house, "pool")[0], dry_run=True))
+    assert exists(house.pool, left, disk) == [True, True], "a dry run changes nothing"
+    outcome = await house.outcome(await restore(house, backups(house, "pool")[0]))
+    assert (outcome.status, len(swept(outcome))) == ("success", 1)
+    assert exists(house.pool, left, disk) == [False, False]
 
 
 async def test_an_empty_database_is_never_sent(house: House) -> None:
