@@ -437,16 +437,42 @@ async def test_a_time_limit_ends_the_run(house: House) -> None:
     await clean(house)
 
 
-async def test_concurrency_limits_the_parts(house: House) -> None:
+@pytest.mark.parametrize(("concurrency", "at_once"), [(1, 1), (2, 2), (0, 2)])
+async def test_concurrency_limits_the_parts(house: House, concurrency: int, at_once: int) -> None:
     async with house.faulty() as faults:
-        gate = faults.add("create.write", Gate(), path="*/data.json")
-        task = house.services.start_backup(request(house, levels={"": {"concurrency": 1}}))
-        await until(lambda: gate.reached.is_set() or house.pool.transfer_log != [])
-        if gate.reached.is_set():  # the configuration was first
-            await trio.sleep(0.1)
-            assert house.pool.calls.log == []
-        gate.release.set()
+        of_pool = house.pool.pause_at("/pool/xmldbdump")
+        of_xo = faults.add("create.write", Gate(), path="*/data.json")
+
+        def reached() -> int:
+            return of_pool.is_reached + of_xo.reached.is_set()
+
+        levels = {"": {"concurrency": concurrency}}
+        task = house.services.start_backup(request(house, levels=levels))
+        await until(lambda: reached() == at_once)
+        await trio.sleep(0.1)
+        assert reached() == at_once
+        of_pool.release()
+        of_xo.release.set()
         assert (await house.outcome(task)).status == "success"
+
+
+async def test_a_lost_lock_makes_no_backup(house: House) -> None:
+    async with house.faulty() as faults:
+        faults.add("lock.check", Fail(Busy("somebody else's")), path="*xo-config*")
+        outcome = await house.run(request(house))
+    assert statuses(outcome) == {"xo remote1": "failure", "pool remote1": "success"}
+    assert backups(house, "xo") == []
+    await clean(house)
+
+
+async def test_a_remote_that_failed_keeps_no_memory_of_a_large_database(house: House) -> None:
+    house.pool.database_filler = 20_000_000
+    async with house.faulty("remote2") as faults:
+        faults.add("create.write", Fail(Unreachable("gone")), path="*/data")
+        outcome = await house.run(request(house, remotes=("remote1", "remote2")))
+    assert statuses(outcome)["pool remote1"] == "success"
+    assert (backups(house, "pool")[0] / "data").stat().st_size > 18_000_000
+    await clean(house)
 
 
 async def test_the_rate_of_the_run_is_limited(house: House) -> None:
