@@ -128,23 +128,17 @@ def test_no_id_leads_out_of_the_folders(wrong: str) -> None:
 )
 def test_each_setting_counts_at_its_levels(key: str, value: int) -> None:
     """Later levels win; a null is no value.  What each does is tested where it is done."""
+    name = "".join(f"_{c.lower()}" if c.isupper() else c for c in key)
+    other = "retentionXoMetadata" if key == "retentionPoolMetadata" else "retentionPoolMetadata"
 
-    def read(**levels: Any) -> Any:
-        settings = {SCHEDULE: {**RETENTION, **levels.pop("schedule", {})}}
-        if "job" in levels:
-            settings[""] = levels.pop("job")
-        if key.startswith("retention"):
-            settings[SCHEDULE].pop(key, None) if "keep" not in levels else None
-        levels.pop("keep", None)
-        job = understood(settings=settings, **levels)
-        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in key)
-        return getattr(job.settings, name)
+    def read(*, of_job: Any = None, of_schedule: Any = None, **config: Any) -> Any:
+        settings = {"": {key: of_job}, SCHEDULE: {other: 1, key: of_schedule}}
+        return getattr(understood(settings=settings, **config).settings, name)
 
     assert read(common={key: value}) == value
     assert read(common={key: 9}, defaults={key: value}) == value
-    assert read(defaults={key: 9}, job={key: value}) == value
-    assert read(job={key: 9}, schedule={key: value}, keep=True) == value
-    assert read(job={key: value}, schedule={key: None}) == value
+    assert read(defaults={key: 9}, of_job=value) == value
+    assert read(of_job=9, of_schedule=value) == value
 
 
 def levels_with(key: str, value: Any) -> list[dict[str, Any]]:
