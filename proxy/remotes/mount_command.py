@@ -176,6 +176,7 @@ _TEXTS: Final[tuple[tuple[str, str], ...]] = (
     ("permission denied", "EACCES"),
     ("rpc.statd is not running", "ENOLCK"),
     ("protocol not supported", "EPROTONOSUPPORT"),
+    ("protocol is not supported", "EPROTONOSUPPORT"),
     ("not supported by the system", "ENODEV"),
     ("no such device", "ENODEV"),
     ("unknown filesystem type", "ENODEV"),
