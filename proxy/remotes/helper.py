@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from proxy.errors import Refused, Unreachable
+from proxy.runtime.background import background
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ _log = structlog.get_logger("proxy.remotes")
 
 _LONGEST_OUTPUT = 64 * 1024
 _KILL_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.5
 
 _undead: list[trio.Process] = []
 """Killed, but still in a call that the kernel does not interrupt."""
@@ -66,8 +68,13 @@ async def run_helper(
     text = bytearray()
     try:
         with trio.move_on_after(seconds or float("inf")) as scope:
-            await _read(process, text)
-            await process.wait()
+            async with background() as nursery:
+                read = trio.Event()
+                nursery.start_soon(_read, process, text, read)
+                await process.wait()
+                # a daemon that it started may keep the pipe open for good
+                with trio.move_on_after(_LAST_WORDS_SECONDS):
+                    await read.wait()
     finally:
         if process.returncode is None:
             await _kill(process, what)
@@ -83,10 +90,11 @@ async def run_helper(
     return Answer(process.returncode or 0, text.decode(errors="replace"))
 
 
-async def _read(process: trio.Process, text: bytearray) -> None:
+async def _read(process: trio.Process, text: bytearray, ended: trio.Event) -> None:
     assert process.stdout is not None, "opened with a pipe"
     async for piece in process.stdout:
         text += piece[: _LONGEST_OUTPUT - len(text)]
+    ended.set()
 
 
 async def _kill(process: trio.Process, what: str) -> None:

@@ -17,7 +17,7 @@ from tests.remotes.test_mount_command import request_for
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.remotes.conftest import Server
+    from tests.remotes.server import Server
 
 NFS = (
     "312 25 0:52 / /run/xo-proxy/mounts/abc rw,relatime shared:170 - nfs4 10.0.0.2:/export/a "
