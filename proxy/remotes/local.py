@@ -171,7 +171,11 @@ class LocalRemote:
         try:
             yield _Batch(self._threads, files)
         finally:
-            files.close()
+            if self._threads.abandons:  # NFS sends what was not committed
+                with contextlib.suppress(ProxyError), undo_within("closing files", _UNDO_SECONDS):
+                    await self._threads.end(files.close)
+            else:
+                files.close()
 
     async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
         if self.is_immutable and pairs:
