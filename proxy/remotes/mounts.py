@@ -53,6 +53,7 @@ _log = structlog.get_logger("proxy.remotes")
 _PROBE = Path(__file__).with_name("mount_probe.py")
 _ASK_SECONDS = 4.0
 """For the question whether a remote is back: Xen Orchestra waits 5 s for ``remote.getInfo``."""
+_LEAST_PROBE_SECONDS = 5.0
 _UNMOUNT_SECONDS = 10.0
 _LAZY_SECONDS = 5.0
 _SETTLE_SECONDS = 5.0
@@ -69,7 +70,7 @@ class MountOptions:
     directory: str
     sudo: bool = False
     mount_seconds: float = 45.0
-    """For one ``mount``, and for the probe behind it."""
+    """For ``mount`` and the probe behind it together, 0 for ever."""
     patience: float = 600.0
     """For one operation on a mounted file, 0 for ever."""
     threads: int = 16
@@ -246,12 +247,16 @@ async def _mount_at(
     if found is not None:
         return await _clear_stale(directory, found, request, options, what)
     await in_thread(Work.DISK, _make_directory, directory)
+    began = trio.current_time()
     try:
         await _run_mount(directory, request, options, what)
         found = await _seen_at(directory)
         if found is None:
             raise Refused(f"EIO: mount ended well, but {what} is not mounted", code="EIO")
-        await _probe(directory, request, seconds=options.mount_seconds, what=what)
+        left = options.mount_seconds and max(
+            options.mount_seconds - (trio.current_time() - began), _LEAST_PROBE_SECONDS
+        )
+        await _probe(directory, request, seconds=left, what=what)
     except BaseException:
         # also when the command was killed: it may have been done by then
         await _undo_mount(directory, options)
