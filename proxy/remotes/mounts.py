@@ -55,9 +55,12 @@ _ASK_SECONDS = 4.0
 """For the question whether a remote is back: Xen Orchestra waits 5 s for ``remote.getInfo``."""
 _LEAST_PROBE_SECONDS = 5.0
 _UNMOUNT_SECONDS = 10.0
-_LAZY_SECONDS = 5.0
+_LAZY_SECONDS = 3.0
+"""For an unmount where the server is known not to answer, or at the daemon's end."""
 _SETTLE_SECONDS = 5.0
 """For threads that close files, before the unmount that they would make busy."""
+_HURRIED_SECONDS = 0.5
+"""The same where the server is known not to answer."""
 _BUSY_WAITS = (0.1, 0.4, 1.0)
 _UNDO_SECONDS = 60.0
 _SBIN = (Path("/sbin"), Path("/usr/sbin"), Path("/usr/local/sbin"))
@@ -183,13 +186,14 @@ class Mounts:
         mount = entry.mount
         if mount is None:
             return
-        try:
-            if await _unmount(mount.directory, options, seconds=_LAZY_SECONDS):
-                return
-            busy = True
-        except ProxyError:
-            busy = False
-        if busy and not mount.lane.hangs and entry.users == 0:
+        hangs = mount.lane.hangs
+        if not hangs:
+            try:
+                if await _unmount(mount.directory, options, seconds=_LAZY_SECONDS):
+                    return
+            except ProxyError:
+                hangs = True
+        if not hangs and entry.users == 0:
             _log.info("a mount stays, as others use it", directory=mount.directory)
             return
         try:
@@ -331,9 +335,11 @@ async def _undo_mount(directory: str, options: MountOptions) -> None:
 
 async def _unmount_unused(mount: Mount, options: MountOptions) -> None:
     """Raise when it stays mounted."""
-    await mount.lane.wait_idle(_SETTLE_SECONDS)
+    answers = mount.lane.breaker.outage is None
+    await mount.lane.wait_idle(_SETTLE_SECONDS if answers else _HURRIED_SECONDS)
+    seconds = _UNMOUNT_SECONDS if answers else _LAZY_SECONDS
     for wait in (*_BUSY_WAITS, None):
-        if await _unmount(mount.directory, options, seconds=_UNMOUNT_SECONDS):
+        if await _unmount(mount.directory, options, seconds=seconds):
             _log.info("unmounted", directory=mount.directory)
             return
         if wait is not None:

@@ -74,8 +74,8 @@ async def _open_mount(
         options=MountOptions(
             options.mounts_dir,
             sudo=options.use_sudo,
-            mount_seconds=options.mount_seconds,
-            patience=options.operation_seconds,
+            mount_seconds=float(options.mount_seconds),
+            patience=float(options.operation_seconds),
             threads=options.parallel_operations,
         ),
         url=url.public,

@@ -84,6 +84,17 @@ class Server:
         """Shell for ``mount`` to run in the place of mounting; ``""``: mount again."""
         (self.state / "behaviour").write_text(text)
 
+    def hang_on_demand(self) -> None:
+        """Mount by a program, :attr:`pid`, that may be stopped or killed."""
+        self.behave(
+            'bindfs -f "$place" "$directory" & echo $! > $state/pid; '
+            'while ! grep -q " $directory " /proc/self/mountinfo; do sleep 0.01; done; exit 0'
+        )
+
+    @property
+    def pid(self) -> int:
+        return int((self.state / "pid").read_text())
+
     def fails(self, text: str, code: int = 32) -> None:
         self.behave(f"printf '%s\\n' {shlex.quote(text)} >&2; exit {code}")
 

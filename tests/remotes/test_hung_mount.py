@@ -34,24 +34,17 @@ class Hanging:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        server.behave(
-            'bindfs -f "$place" "$directory" & echo $! > $state/pid; '
-            'while ! grep -q " $directory " /proc/self/mountinfo; do sleep 0.01; done; exit 0'
-        )
+        server.hang_on_demand()
         self.options = dataclasses.replace(server.options, operation_seconds=PATIENCE)
 
-    @property
-    def pid(self) -> int:
-        return int((self.server.state / "pid").read_text())
-
     def stop(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
+        os.kill(self.server.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        os.kill(self.server.pid, signal.SIGCONT)
 
     def die(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        os.kill(self.server.pid, signal.SIGKILL)
 
     async def open(self) -> MountedRemote:
         remote = await open_remote({"url": self.server.url, "id": "hung"}, options=self.options)
@@ -277,7 +270,7 @@ async def open_until(hanging: Hanging) -> MountedRemote:
 async def test_a_hung_mount_of_a_dead_daemon_is_left_aside(hanging: Hanging) -> None:
     first = await hanging.open()
     hanging.stop()
-    old = hanging.pid
+    old = hanging.server.pid
     mounts._mounts.set(mounts.Mounts())  # another daemon, which knows nothing of it
     second = await hanging.open()
     assert len(hanging.server.mounted()) == 2
