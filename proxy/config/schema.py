@@ -116,6 +116,8 @@ class RemoteOptions(Section, frozen=True):
     mounts_dir: Path = Path("/run/xo-proxy/mounts")
     timeout: Seconds = Seconds(600)
     """Longest silence of one operation on a remote; 0: none."""
+    mount_timeout: Seconds = Seconds(45)
+    """Longest ``mount``.  XO gives a call up after 60 s."""
     use_sudo: bool = False
     """Mount with ``sudo``, for a daemon that does not run as root."""
     max_parallel_operations: AtLeastOne = 16

@@ -76,6 +76,10 @@ class Services:
             disable_file_remotes=config.remotes.disable_file_remotes,
             mounts_dir=str(config.remote_options.mounts_dir),
             directory_mode=config.backups.dir_mode,
+            mount_seconds=config.remote_options.mount_timeout,
+            use_sudo=config.remote_options.use_sudo,
+            operation_seconds=config.remote_options.timeout,
+            parallel_operations=config.remote_options.max_parallel_operations,
         )
         return self._remotes.use(_key(spec, options), lambda: opened_remote(spec, options=options))
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
-from proxy.remotes.url import FileUrl, parse_url
+from proxy.remotes.network import open_nfs, open_smb
+from proxy.remotes.url import FileUrl, NfsUrl, SmbUrl, parse_url
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ class RemoteOptions:
     directory_mode: int = 0o700
     open_seconds: float = 30
     """How long a file system may take to answer when a remote is opened."""
+    mount_seconds: float = 45
+    """How long ``mount`` may take."""
+    use_sudo: bool = False
+    """Mount through ``sudo -n``."""
+    operation_seconds: float = 600
+    """How long one operation may be silent; 0: for ever."""
+    parallel_operations: int = 16
+    """How many operations run at once on one remote."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
@@ -46,13 +55,13 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     remember_in(dict(spec))
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
-    if not isinstance(parsed, FileUrl):
+    if not isinstance(parsed, FileUrl | NfsUrl | SmbUrl):
         raise Refused(
-            f"remotes of type '{parsed.type}' are not supported: only 'file' is",
+            f"remotes of type '{parsed.type}' are not supported",
             code="ENOTSUP",
-            data={"type": parsed.type, "supported": ["file"]},
+            data={"type": parsed.type, "supported": ["file", "nfs", "smb"]},
         )
-    if options.disable_file_remotes:
+    if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
     if merged.get("encryptionKey"):
         raise Refused(
@@ -60,6 +69,10 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
             code="ENOTSUP",
             data={"option": "encryptionKey"},
         )
+    if isinstance(parsed, NfsUrl):
+        return await open_nfs(parsed, merged, options)
+    if isinstance(parsed, SmbUrl):
+        return await open_smb(parsed, merged, options)
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,

@@ -26,6 +26,7 @@ import json
 import os
 import socket
 import stat
+import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -38,7 +39,7 @@ from proxy.errors import Busy, ProxyError, Refused, Unreachable
 from proxy.remotes import paths
 from proxy.remotes.syscalls import rename_no_replace
 from proxy.runtime.deadlines import undo_within
-from proxy.runtime.threads import Work, in_thread
+from proxy.runtime.threads import SHARED, Threads, Work
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
@@ -89,13 +90,15 @@ class Holder:
 
 
 @contextlib.asynccontextmanager
-async def hold(root: Root, path: str, *, owner: str, wait: float = 0) -> AsyncIterator[Lock]:
+async def hold(
+    root: Root, path: str, *, owner: str, wait: float = 0, threads: Threads = SHARED
+) -> AsyncIterator[Lock]:
     """Hold the lock of ``path`` for the block; see :meth:`Remote.lock`.
 
     When the lock is lost the block is cancelled and ``Busy`` raised in its place.  Deciding
     that an apparently abandoned lock is stale may take :data:`STALE_SECONDS` beyond ``wait``.
     """
-    lock = DirectoryLock(root, path, owner)
+    lock = DirectoryLock(root, path, owner, threads)
     failure: BaseException | None = None
     try:
         await lock.acquire(wait)
@@ -120,7 +123,7 @@ async def _release(lock: DirectoryLock) -> None:
     try:
         with undo_within(f"releasing the lock of '{lock.path}'", _RELEASE_SECONDS):
             # abandoned on a remote that hangs: it removes only what is ours
-            await in_thread(Work.LOCK, lock.release, abandon=True)
+            await lock.threads.end(lock.release, Work.LOCK)
     except ProxyError as error:
         # what was done under it is done; the next run of ours need not wait until it is stale
         _left_behind.add(lock.identity)
@@ -128,14 +131,17 @@ async def _release(lock: DirectoryLock) -> None:
 
 
 class DirectoryLock:
-    """The steps of a lock; every method without ``async`` blocks."""
+    """The steps of a lock; every method without ``async`` blocks, one at a time."""
 
-    def __init__(self, root: Root, path: str, owner: str) -> None:
+    def __init__(self, root: Root, path: str, owner: str, threads: Threads = SHARED) -> None:
         self.path = paths.normalise(path)
         if not self.path:
             raise Refused("EBUSY: the root of a remote cannot be locked", code="EBUSY")
         self.lost: Busy | None = None
+        self.threads = threads
         self._root = root
+        self._mutex = threading.Lock()
+        """A descriptor is never closed under a step that hangs."""
         self._owner = owner
         self._directory = paths.parent(self.path)
         name = paths.name(self.path)
@@ -156,7 +162,7 @@ class DirectoryLock:
         watched: tuple[tuple[int, int, int], float] | None = None
         alive = False
         while True:
-            seen = await in_thread(Work.LOCK, self._try)
+            seen = await self.threads.run(Work.LOCK, self._try, dispose=self._undo)
             if seen is None:
                 self._fresh_at = trio.current_time()
                 return
@@ -165,12 +171,12 @@ class DirectoryLock:
                 alive = watched is not None
                 watched = (seen.identity, now)
             elif now - watched[1] >= STALE_SECONDS:
-                if await in_thread(Work.LOCK, self._take_over, seen.identity):
+                if await self.threads.run(Work.LOCK, self._take_over, seen.identity):
                     continue
                 watched = None
             dead = seen.holder is not None and seen.holder.is_dead()
             dead = dead or seen.identity in _left_behind
-            if dead and await in_thread(Work.LOCK, self._take_over, seen.identity):
+            if dead and await self.threads.run(Work.LOCK, self._take_over, seen.identity):
                 _left_behind.discard(seen.identity)
                 continue
             doubtful = not -_MTIME_TOLERANCE <= seen.age <= STALE_SECONDS
@@ -186,9 +192,15 @@ class DirectoryLock:
             data["holder"] = asdict(holder)
         return Busy(f"Lock file is already being held{known}{way_out}, '{self.path}'", data=data)
 
+    def _undo(self, seen: _Seen | None) -> None:
+        """Nobody waits any more for what :meth:`_try` found."""
+        if seen is None:
+            self.release()
+
     def _try(self) -> _Seen | None:
         """``None`` when the lock is ours now, else what stands in the way."""
         with (
+            self._mutex,
             self._root.translated("lock", self.path),
             self._root.directory(self._directory, create=True) as here,
         ):
@@ -308,7 +320,7 @@ class DirectoryLock:
     async def _refresh(self) -> None:
         if self.lost is None:
             now = trio.current_time()
-            reason = await in_thread(Work.LOCK, self._refresh_now)
+            reason = await self.threads.run(Work.LOCK, self._refresh_now)
             if reason is None:
                 self._fresh_at = now
                 return
@@ -326,6 +338,7 @@ class DirectoryLock:
         """Why the lock is no longer ours, ``None`` while it is."""
         try:
             with (
+                self._mutex,
                 self._root.translated("lock", self.path),
                 self._root.directory(self._directory) as here,
             ):
@@ -367,21 +380,22 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Remove the lock if it is ours.  Idempotent."""
-        if self._descriptor is None:
-            return
-        try:
-            with (
-                self._root.translated("unlock", self.path),
-                self._root.directory(self._directory) as here,
-            ):
-                if self._not_ours(here) in (None, "somebody else refreshes it"):
-                    with contextlib.suppress(OSError):
-                        os.unlink(self._record_name, dir_fd=here)
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rmdir(self._name, dir_fd=here)
-        finally:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+        with self._mutex:
+            if self._descriptor is None:
+                return
+            try:
+                with (
+                    self._root.translated("unlock", self.path),
+                    self._root.directory(self._directory) as here,
+                ):
+                    if self._not_ours(here) in (None, "somebody else refreshes it"):
+                        with contextlib.suppress(OSError):
+                            os.unlink(self._record_name, dir_fd=here)
+                        with contextlib.suppress(FileNotFoundError):
+                            os.rmdir(self._name, dir_fd=here)
+            finally:
+                descriptor, self._descriptor = self._descriptor, None
+                os.close(descriptor)
 
     # -- the record of the holder
 

@@ -57,6 +57,8 @@ class Retry(Wrapper):
                 try:
                     return await run()
                 except Unreachable as error:
+                    if "retryIn" in error.data:  # whoever failed it knows that it is too early
+                        raise
                     if self._told is not None:
                         self._told(operation, error)
                 await trio.sleep(wait)

@@ -10,9 +10,10 @@ from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
 from proxy.remotes.recording import Recording
 from proxy.remotes.retry import Retry
+from tests.remotes.server import Server, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from proxy.remotes import Remote
@@ -23,7 +24,10 @@ OPTIONS = RemoteOptions(disable_file_remotes=False)
 BACKENDS: dict[str, Callable[[Path], str]] = {
     "local": lambda root: f"file://{root}",
     "immutable": lambda root: f"file://{root}?immutable=true",
+    "nfs": lambda root: f"nfs://server:{root}",
+    "smb": lambda root: "smb://user:pass@DOMAIN\\\\server\\share\0" + str(root).replace("/", "\\"),
 }
+MOUNTED = ("nfs", "smb")
 WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
     "retry": Retry,
     "faults": Faults,
@@ -33,14 +37,18 @@ WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
 STACKS = [
     ("local",),
     ("immutable",),
+    ("nfs",),
+    ("smb",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
 ]
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, *wrappers: str, **record: Any) -> AsyncIterator[Remote]:
-    remote = await open_remote({"url": url, **record}, options=OPTIONS)
+async def opened(
+    url: str, *wrappers: str, options: RemoteOptions = OPTIONS, **record: Any
+) -> AsyncIterator[Remote]:
+    remote = await open_remote({"url": url, **record}, options=options)
     for name in wrappers:
         remote = WRAPPERS[name](remote)
     try:
@@ -58,8 +66,18 @@ def root(tmp_path: Path) -> Path:
 async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Remote]:
     """Every backend and every wrapper, for what holds on all of them."""
     backend, *wrappers = request.param
-    async with opened(BACKENDS[backend](root), *wrappers) as built:
+    options = OPTIONS
+    if backend in MOUNTED:
+        options = request.getfixturevalue("server").options
+    async with opened(BACKENDS[backend](root), *wrappers, options=options) as built:
         yield built
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A file server that `mount` finds, here by bind mounts; nothing stays mounted."""
+    with serving(tmp_path, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
