@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
-from proxy.remotes.url import FileUrl, parse_url
+from proxy.remotes.url import FileUrl, parse_url, refuse_placeholder
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
         raise Refused("the remote has no url", code="EINVAL", data={"part": "url"})
     parsed = parse_url(url)
     remember_in(dict(spec))
+    refuse_placeholder("record", {**spec, "url": None})
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
     if not isinstance(parsed, FileUrl):
