@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
+from proxy.remotes.bounds import Bounded
 from proxy.remotes.local import LocalRemote
+from proxy.remotes.retry import Retry, Told
 from proxy.remotes.url import FileUrl, parse_url, refuse_placeholder
 from proxy.runtime.secrets import remember_in
 
@@ -27,6 +29,10 @@ class RemoteOptions:
     directory_mode: int = 0o700
     open_seconds: float = 30
     """How long a file system may take to answer when a remote is opened."""
+    operation_seconds: float = 600
+    """How long one operation may be silent; 0: for ever."""
+    parallel_operations: int = 16
+    """How many operations run at once on one remote."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
@@ -75,9 +81,14 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
 async def opened_remote(
     spec: Mapping[str, Any], *, options: RemoteOptions
 ) -> AsyncIterator[Remote]:
-    """:func:`open_remote` for the time of a block."""
+    """:func:`open_remote` for the time of a block, with its operations bounded and tried again
+    where that helps."""
     remote = await open_remote(spec, options=options)
     try:
-        yield remote
+        yield Bounded(
+            Retry(remote, told=Told(remote.url)),
+            at_once=options.parallel_operations,
+            seconds=options.operation_seconds,
+        )
     finally:
         await remote.aclose()

@@ -44,6 +44,10 @@ class LocalRemote:
 
     Made by :meth:`open`.  New directories get ``directory_mode``, files 0644 less the umask.
     Symbolic links below the root are never followed (:mod:`proxy.remotes.posix`).
+
+    A cancel or a time limit lets go at once of what only looks (``read_file``, ``list``,
+    ``stat``, ``info``, ``walk``), whatever the file system does; a change, and bytes that go
+    into somebody's buffer, are waited for.
     """
 
     is_encrypted = False
@@ -88,7 +92,7 @@ class LocalRemote:
         return cls(root, url=url, is_immutable=is_immutable, use_vhd_directory=use_vhd_directory)
 
     async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
-        return await in_thread(Work.DISK, self._root.read_file, path, limit)
+        return await in_thread(Work.DISK, self._root.read_file, path, limit, abandon=True)
 
     async def read_files(
         self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
@@ -97,7 +101,8 @@ class LocalRemote:
         contents: deque[bytes | ProxyError] = deque()
         for first in range(0, len(paths), _FILES_PER_HOP):
             batch = paths[first : first + _FILES_PER_HOP]
-            contents.extend(await in_thread(Work.DISK, self._read_batch, batch, limit))
+            read = in_thread(Work.DISK, self._read_batch, batch, limit, abandon=True)
+            contents.extend(await read)
         return tuple(contents)
 
     def _read_batch(self, paths: Sequence[str], limit: int) -> Sequence[bytes | ProxyError]:
@@ -178,10 +183,10 @@ class LocalRemote:
             os.close(descriptor)  # opened for reading: nothing to wait for
 
     async def list(self, path: str) -> list[Entry]:
-        return await in_thread(Work.DISK, self._root.entries, path)
+        return await in_thread(Work.DISK, self._root.entries, path, abandon=True)
 
     async def stat(self, path: str) -> FileStat:
-        return await in_thread(Work.DISK, self._root.stat, path)
+        return await in_thread(Work.DISK, self._root.stat, path, abandon=True)
 
     async def rename(self, old: str, new: str) -> None:
         if self.is_immutable:
@@ -268,7 +273,9 @@ class LocalRemote:
         while pending:
             directory = pending.pop()
             try:
-                found = await in_thread(Work.DISK, self._root.list_with_stat, directory)
+                found = await in_thread(
+                    Work.DISK, self._root.list_with_stat, directory, abandon=True
+                )
             except NotFound as error:
                 if directory == top or error.code != "ENOENT":
                     raise
