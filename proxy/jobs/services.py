@@ -15,6 +15,7 @@ from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
 from proxy.jobs.sweep import Sweeper
+from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote
@@ -44,6 +45,7 @@ class Services:
         self.nursery = nursery
         self._remotes: Shared[Remote] = Shared(nursery, self._delay)
         self._xapis: Shared[Xapi] = Shared(nursery, self._delay)
+        self.traffic = Traffic()
         self.sweeper = Sweeper(tasks)
         self._live: dict[str, Task] = {}
         self._jobs: dict[str, Task] = {}
@@ -76,8 +78,12 @@ class Services:
             disable_file_remotes=config.remotes.disable_file_remotes,
             mounts_dir=str(config.remote_options.mounts_dir),
             directory_mode=config.backups.dir_mode,
+            operation_seconds=config.remote_options.timeout,
+            parallel_operations=config.remote_options.max_parallel_operations,
         )
-        return self._remotes.use(_key(spec, options), lambda: opened_remote(spec, options=options))
+        return self._remotes.use(
+            _key(spec, options), lambda: self.traffic.counted(spec, opened_remote, options)
+        )
 
     def xapi(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Xapi]:
         """A session on a pool for the block; shared when address and credentials are equal."""
@@ -92,6 +98,13 @@ class Services:
             },
         )
         return self._xapis.use(_key(spec, options), lambda: connect(options))
+
+    def open_connections(self) -> dict[str, int]:
+        """How many remotes and pools are open now, used or not."""
+        return {
+            "remote": self._remotes.statistics()["open"],
+            "pool": self._xapis.statistics()["open"],
+        }
 
     def damage(self, remote: Remote) -> DamageNotes:
         """What is known to be damaged on ``remote``."""
@@ -144,9 +157,10 @@ class Services:
             async with self.remote(request.remote) as remote, self.xapi(request.xapi) as xapi:
                 await self.sweeper.contact(root, xapi)
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
-                return await restore(
-                    root, request, remote, record, xapi, installation=self.installation
-                )
+                with told(root, remote):
+                    return await restore(
+                        root, request, remote, record, xapi, installation=self.installation
+                    )
 
         properties = {
             "backupId": request.backup_id,
@@ -174,7 +188,8 @@ class Services:
 
         async def work(root: Task) -> dict[str, Any]:
             async with self.remote(request.remote) as remote:
-                return await run.look(root, remote, self.damage(remote))
+                with told(root, remote):
+                    return await run.look(root, remote, self.damage(remote))
 
         run.begin(lambda work: self._start("verify", request.properties(), work), work)
         return run
