@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from proxy.config import ApiConfig
     from proxy.jobs import BackupRequest, RestoreRequest, VerifyRequest, VerifyRun
+    from proxy.jobs.traffic import Traffic
     from proxy.remotes.interface import Remote
     from proxy.rpc.auth import Authenticator
     from proxy.rpc.registry import Registry
@@ -38,6 +39,15 @@ class Services(Protocol):
 
     def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
         """Open the remote that a call describes; ``spec`` has at least ``url``."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was done on remotes since the daemon began."""
+        ...
+
+    def open_connections(self) -> Mapping[str, int]:
+        """How many remotes and pools are open now."""
         ...
 
     def start_backup(self, request: BackupRequest, /) -> Task: ...
