@@ -65,6 +65,8 @@ async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
             "step": {"enum": ["write", "read", "unlink"]},
             "file": {"type": "string"},
             "error": {"type": "string"},
+            "capabilities": {"type": "object", "description": "what an object store can do"},
+            "warnings": {"type": "array", "items": {"type": "string"}},
         },
         "required": ["success"],
     },
