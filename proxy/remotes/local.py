@@ -257,6 +257,27 @@ class LocalRemote:
     def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
         return hold(self._root, path, owner=owner, wait=wait)
 
+    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
+        """See :func:`proxy.remotes.wrapper.protected_of`; opened for writing, not written."""
+        found: deque[bool] = deque()
+        for first in range(0, len(files), _FILES_PER_HOP):
+            some = files[first : first + _FILES_PER_HOP]
+            found.extend(await in_thread(Work.DISK, self._protected, some))
+        return tuple(found)
+
+    def _protected(self, files: Sequence[str]) -> Sequence[bool]:
+        return tuple(map(self._is_protected, files))
+
+    def _is_protected(self, path: str) -> bool:
+        try:
+            descriptor, _ = self._root.open_file(path, os.O_RDWR)
+        except Refused as error:
+            return error.code in ("EPERM", "EACCES")
+        except ProxyError:
+            return False
+        os.close(descriptor)
+        return False
+
     async def info(self) -> RemoteInfo:
         return await in_thread(Work.DISK, self._root.info, abandon=True)
 

@@ -80,6 +80,17 @@ def requests_of(remote: Remote) -> Mapping[str, int]:
     return {} if asked is None else asked()
 
 
+async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
+    """Of each file, whether the storage refuses to change it *now*: tried, and without effect.
+
+    For files that somebody else protects (``chattr +i``, a read-only export).  A remote that
+    cannot tell, and a file that cannot be looked at, give ``False``: nobody may believe that they
+    are safe.  Remotes that can tell have ``async def protected(files)``.
+    """
+    asked = getattr(remote, "protected", None)
+    return [False] * len(files) if asked is None else await asked(files)
+
+
 class Wrapper:
     """Passes everything to ``inner``; see :class:`proxy.remotes.interface.Remote`."""
 
@@ -97,6 +108,13 @@ class Wrapper:
     def requests(self) -> Mapping[str, int]:
         """See :func:`requests_of`."""
         return requests_of(self.inner)
+
+    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
+        """See :func:`protected_of`."""
+        return await self.around(
+            Operation("protected", files[0] if files else ""),
+            lambda: protected_of(self.inner, files),
+        )
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
         """Do ``operation`` by awaiting ``run()`` and return its result."""

@@ -18,6 +18,7 @@ from proxy.repository import (
     list_vm_backups,
     vm_directory,
 )
+from proxy.repository.immutability import with_protection
 from proxy.rpc.registry import Params, Registry
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ async def list_backups(
                     by_vm = await list_all(remote)
                 else:
                     by_vm = {params.vm_id: await list_vm_backups(remote, params.vm_id)}
+                by_vm = await with_protection(remote, by_vm)
         except ProxyError as error:
             # XO shows what it gets: one dead remote must not hide the others' backups.
             _log.warning("a remote could not be listed", remote=remote_id, error=error.message)
