@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Refused
+from proxy.errors import NotFound, Refused
 from proxy.remotes.bounds import Bounded
 from proxy.remotes.local import LocalRemote
 from proxy.remotes.retry import Retry, Told
 from proxy.remotes.url import FileUrl, parse_url, refuse_placeholder
+from proxy.runtime.deadlines import deadline
 from proxy.runtime.secrets import remember_in
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -75,6 +78,31 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
         directory_mode=options.directory_mode,
         seconds=options.open_seconds,
     )
+
+
+async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> None:
+    """Raise ``NotFound`` when a ``file`` remote's directory does not exist.
+
+    For those who only look: opening it would make the directory, and a mistyped path would be an
+    empty remote.  Everything else that is wrong is told by opening.
+    """
+    url = spec.get("url")
+    if options.disable_file_remotes or not isinstance(url, str):
+        return
+    parsed = parse_url(url)
+    if not isinstance(parsed, FileUrl):
+        return
+    with deadline("looking for the remote", options.open_seconds):
+        try:
+            await in_thread(Work.DISK, os.stat, parsed.path, abandon=True)
+        except FileNotFoundError:
+            raise NotFound(
+                f"ENOENT: the directory of the remote does not exist, open '{parsed.path}'; "
+                "the first backup, or a test of the remote, makes it",
+                data={"path": parsed.path},
+            ) from None
+        except OSError:
+            return
 
 
 @contextlib.asynccontextmanager

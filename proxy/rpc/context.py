@@ -37,8 +37,13 @@ class Services(Protocol):
         """Where the journal lives; ``appliance.check`` looks at its disk."""
         ...
 
-    def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
-        """Open the remote that a call describes; ``spec`` has at least ``url``."""
+    def remote(
+        self, spec: Mapping[str, Any], /, *, create: bool = True
+    ) -> AbstractAsyncContextManager[Remote]:
+        """Open the remote that a call describes; ``spec`` has at least ``url``.
+
+        With ``create`` false nothing is made: a missing directory is ``NotFound``.
+        """
         ...
 
     @property

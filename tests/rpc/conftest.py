@@ -76,7 +76,10 @@ class StubServices:
     def open_connections(self) -> dict[str, int]:
         return {"remote": 2, "pool": 1}
 
-    def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
+    def remote(
+        self, spec: Mapping[str, Any], /, *, create: bool = True
+    ) -> AbstractAsyncContextManager[Remote]:
+        del create
         assert self.open_remote is not None
         return self.open_remote(spec)
 

@@ -75,7 +75,7 @@ async def delete_many(context: Context, params: DeleteMany) -> None:
 
 
 async def _delete(context: Context, spec: Mapping[str, Any], filenames: list[str]) -> None:
-    async with context.services.remote(spec) as remote:
+    async with context.services.remote(spec, create=False) as remote:
         await delete_backups(remote, filenames, wait=_LOCK_WAIT)
 
 
@@ -147,7 +147,7 @@ async def list_backups(
 
     async def one(remote_id: str, spec: Mapping[str, Any]) -> None:
         try:
-            async with context.services.remote(spec) as remote:
+            async with context.services.remote(spec, create=False) as remote:
                 by_vm: dict[str, list[Backup]]
                 if params.vm_id is UNSET:
                     by_vm = await list_all(remote)
