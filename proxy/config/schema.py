@@ -40,6 +40,8 @@ class ApiConfig(Section, frozen=True):
     token_grace: Seconds = Seconds(300)
     """How long the previous token is still accepted after a change."""
     max_connections: AtLeastOne = 2048
+    metrics: bool = True
+    """Answer ``GET /metrics`` to whoever has the token."""
 
 
 class VmConfig(Section, frozen=True):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Refused
+from proxy.errors import NotFound, Refused
+from proxy.remotes.bounds import Bounded
 from proxy.remotes.local import LocalRemote
 from proxy.remotes.network import open_nfs, open_smb
-from proxy.remotes.url import FileUrl, NfsUrl, SmbUrl, parse_url
+from proxy.remotes.retry import Retry, Told
+from proxy.remotes.url import FileUrl, NfsUrl, SmbUrl, parse_url, refuse_placeholder
+from proxy.runtime.deadlines import deadline
 from proxy.runtime.secrets import remember_in
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -53,6 +58,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
         raise Refused("the remote has no url", code="EINVAL", data={"part": "url"})
     parsed = parse_url(url)
     remember_in(dict(spec))
+    refuse_placeholder("record", {**spec, "url": None})
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
     if not isinstance(parsed, FileUrl | NfsUrl | SmbUrl):
@@ -83,13 +89,43 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     )
 
 
+async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> None:
+    """Raise ``NotFound`` when a ``file`` remote's directory does not exist.
+
+    For those who only look: opening it would make the directory, and a mistyped path would be an
+    empty remote.  Everything else that is wrong is told by opening.
+    """
+    url = spec.get("url")
+    if options.disable_file_remotes or not isinstance(url, str):
+        return
+    parsed = parse_url(url)
+    if not isinstance(parsed, FileUrl):
+        return
+    with deadline("looking for the remote", options.open_seconds):
+        try:
+            await in_thread(Work.DISK, os.stat, parsed.path, abandon=True)
+        except FileNotFoundError:
+            raise NotFound(
+                f"ENOENT: the directory of the remote does not exist, open '{parsed.path}'; "
+                "the first backup, or a test of the remote, makes it",
+                data={"path": parsed.path},
+            ) from None
+        except OSError:
+            return
+
+
 @contextlib.asynccontextmanager
 async def opened_remote(
     spec: Mapping[str, Any], *, options: RemoteOptions
 ) -> AsyncIterator[Remote]:
-    """:func:`open_remote` for the time of a block."""
+    """:func:`open_remote` for the time of a block, with its operations bounded and tried again
+    where that helps."""
     remote = await open_remote(spec, options=options)
     try:
-        yield remote
+        yield Bounded(
+            Retry(remote, told=Told(remote.url)),
+            at_once=options.parallel_operations,
+            seconds=options.operation_seconds,
+        )
     finally:
         await remote.aclose()

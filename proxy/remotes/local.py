@@ -44,6 +44,10 @@ class LocalRemote:
 
     Made by :meth:`open`.  New directories get ``directory_mode``, files 0644 less the umask.
     Symbolic links below the root are never followed (:mod:`proxy.remotes.posix`).
+
+    A cancel or a time limit lets go at once of what only looks (``read_file``, ``list``,
+    ``stat``, ``info``, ``walk``), whatever the file system does; a change, and bytes that go
+    into somebody's buffer, are waited for.
     """
 
     is_encrypted = False
@@ -99,7 +103,7 @@ class LocalRemote:
         )
 
     async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
-        return await self._threads.run(Work.DISK, self._root.read_file, path, limit)
+        return await self._threads.run(Work.DISK, self._root.read_file, path, limit, abandon=True)
 
     async def read_files(
         self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
@@ -108,7 +112,8 @@ class LocalRemote:
         contents: deque[bytes | ProxyError] = deque()
         for first in range(0, len(paths), _FILES_PER_HOP):
             batch = paths[first : first + _FILES_PER_HOP]
-            contents.extend(await self._threads.run(Work.DISK, self._read_batch, batch, limit))
+            read = self._threads.run(Work.DISK, self._read_batch, batch, limit, abandon=True)
+            contents.extend(await read)
         return tuple(contents)
 
     def _read_batch(self, paths: Sequence[str], limit: int) -> Sequence[bytes | ProxyError]:
@@ -207,10 +212,10 @@ class LocalRemote:
             self._threads.close(descriptor)  # opened for reading: nothing to wait for
 
     async def list(self, path: str) -> list[Entry]:
-        return await self._threads.run(Work.DISK, self._root.entries, path)
+        return await self._threads.run(Work.DISK, self._root.entries, path, abandon=True)
 
     async def stat(self, path: str) -> FileStat:
-        return await self._threads.run(Work.DISK, self._root.stat, path)
+        return await self._threads.run(Work.DISK, self._root.stat, path, abandon=True)
 
     async def rename(self, old: str, new: str) -> None:
         if self.is_immutable:
@@ -281,6 +286,27 @@ class LocalRemote:
     def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
         return hold(self._root, path, owner=owner, wait=wait, threads=self._threads)
 
+    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
+        """See :func:`proxy.remotes.wrapper.protected_of`; opened for writing, not written."""
+        found: deque[bool] = deque()
+        for first in range(0, len(files), _FILES_PER_HOP):
+            some = files[first : first + _FILES_PER_HOP]
+            found.extend(await self._threads.run(Work.DISK, self._protected, some))
+        return tuple(found)
+
+    def _protected(self, files: Sequence[str]) -> Sequence[bool]:
+        return tuple(map(self._is_protected, files))
+
+    def _is_protected(self, path: str) -> bool:
+        try:
+            descriptor, _ = self._root.open_file(path, os.O_RDWR)
+        except Refused as error:
+            return error.code in ("EPERM", "EACCES")
+        except ProxyError:
+            return False
+        os.close(descriptor)
+        return False
+
     async def info(self) -> RemoteInfo:
         return await self._threads.run(Work.DISK, self._root.info, abandon=True)
 
@@ -300,7 +326,9 @@ class LocalRemote:
         while pending:
             directory = pending.pop()
             try:
-                found = await self._threads.run(Work.DISK, self._root.list_with_stat, directory)
+                found = await self._threads.run(
+                    Work.DISK, self._root.list_with_stat, directory, abandon=True
+                )
             except NotFound as error:
                 if directory == top or error.code != "ENOENT":
                     raise

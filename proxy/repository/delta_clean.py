@@ -17,7 +17,9 @@ from proxy.disks.merge import merge_chain
 from proxy.disks.merge_state import Phase, is_disk_name, remove_state
 from proxy.errors import Busy, NotFound, ProxyError
 from proxy.remotes import paths
+from proxy.remotes.wrapper import protected_of
 from proxy.repository.checksums import merging_checksums
+from proxy.repository.immutability import is_declared, is_protection
 from proxy.repository.lineage import read_lineage, stored_disk
 from proxy.repository.metadata import LIMIT, with_disks
 from proxy.repository.paths import DISKS_NAME, vm_directory
@@ -319,6 +321,9 @@ class DeltaClean:
     ) -> bool:
         """Whether it was done; an error is kept, and what was merged so far stays so."""
         assert self._merging is not None
+        if await is_declared(self._remote) and any(await protected_of(self._remote, chain)):
+            self._wait(chain, "protected against changes")
+            return False
         claims = self._claims(lineage)
         try:
             async with _limit(self._remote), self._merging(chain) as progress:
@@ -336,9 +341,17 @@ class DeltaClean:
         except Busy:
             raise
         except ProxyError as error:
-            self.errors.append(error)
+            if is_protection(error):
+                self._wait(chain, error.message)
+            else:
+                self.errors.append(error)
             return False
         return True
+
+    def _wait(self, chain: Sequence[str], why: str) -> None:
+        """Its disks can be read as they are; another clean merges them."""
+        self.pending = True
+        self._warn("the disks are protected, their merge waits", {"chain": chain, "error": why})
 
     async def _settle(self, chain: Sequence[str]) -> None:
         """The merge is done: tell metadata, then forget the merge."""

@@ -46,6 +46,8 @@ class Task:
         self.end: int | None = None
         self.result: Any = None
         """What a success answers; set it before the block ends."""
+        self.figures: dict[str, Any] = {}
+        """Measurements: shown in ``data`` of snapshots, told by no log record."""
         self._outcome: Status | None = None
         self._run = run
         self._scope = trio.CancelScope()
@@ -228,7 +230,7 @@ class Task:
         """The Task object of ``task.get``, encoded; finished subtrees are encoded once."""
         if self._encoded is not None:
             return self._encoded
-        data: dict[str, Any] = dict(self.properties)
+        data: dict[str, Any] = {**self.properties, **self.figures}
         if self._progress is not None:
             data["progress"] = self._progress.percent
             data["transfer"] = self._progress.describe()

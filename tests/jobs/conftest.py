@@ -18,6 +18,7 @@ from proxy.config.values import Seconds
 from proxy.jobs import BackupRequest, RestoreRequest, Services, open_services
 from proxy.remotes.factory import RemoteOptions, opened_remote
 from proxy.remotes.faults import Faults
+from proxy.remotes.metrics import Metrics
 from proxy.simulator import SimulatedPool, serve
 from proxy.tasks import Task, open_tasks
 
@@ -135,8 +136,10 @@ class House:
     async def faulty(self, remote: str = "remote1") -> AsyncIterator[Faults]:
         """The remote that runs will use meanwhile, with faults on command."""
         async with self.services.remote(self.remote_spec(remote)) as opened:
-            assert isinstance(opened, Faults)
-            yield opened
+            assert isinstance(opened, Metrics)
+            faults = opened.inner
+            assert isinstance(faults, Faults)
+            yield faults
 
     async def clean(self) -> None:
         """Assert that neither the pool nor a remote holds anything but backups."""
