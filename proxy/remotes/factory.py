@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
+from proxy.remotes.unlocking import key_of, unlocked
 from proxy.remotes.url import FileUrl, parse_url
+from proxy.runtime.deadlines import undo_within
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from proxy.remotes.interface import Remote
+    from proxy.remotes.url import RemoteUrl
+
+_CLOSE_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,9 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     Its root is made when missing, and checked.  The caller owns the result and calls
     ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
 
+    An encrypted one is opened by its ``encryptionKey`` (:func:`proxy.remotes.unlocking.unlocked`
+    says what it raises), and an empty one is set up for it.
+
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
     the errno of a root that cannot be used.
@@ -46,6 +54,20 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     remember_in(dict(spec))
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
+    key = key_of(merged)
+    storage = await _open_storage(parsed, merged, options)
+    try:
+        return await unlocked(storage, key)
+    except BaseException:
+        with undo_within("closing the remote", _CLOSE_SECONDS):
+            await storage.aclose()
+        raise
+
+
+async def _open_storage(
+    parsed: RemoteUrl, merged: Mapping[str, Any], options: RemoteOptions
+) -> Remote:
+    """Whatever is encrypted in it stays so."""
     if not isinstance(parsed, FileUrl):
         raise Refused(
             f"remotes of type '{parsed.type}' are not supported: only 'file' is",
@@ -54,12 +76,6 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
         )
     if options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
-    if merged.get("encryptionKey"):
-        raise Refused(
-            "encrypted remotes are not supported: nothing was read or written",
-            code="ENOTSUP",
-            data={"option": "encryptionKey"},
-        )
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,
