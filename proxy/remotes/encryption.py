@@ -57,6 +57,7 @@ DESCRIPTION: Final = "encryption.json"
 PROBE: Final = "metadata.json"
 UNIT: Final = 2 * 1024 * 1024
 """Bytes that are encrypted or decrypted at once."""
+_INTERRUPTED: Final = "reading it was interrupted"
 _INLINE: Final = 64 * 1024
 """Bytes up to which a thread would cost more than the cipher: at most 60 µs."""
 
@@ -331,7 +332,12 @@ class _SequentialReader:
 
     async def _fill(self, buffer: memoryview) -> None:
         """An error of the storage leaves everything as it was: it can be called again."""
-        if await self._inner.read_into(buffer) < len(buffer):
+        try:
+            count = await self._inner.read_into(buffer)
+        except trio.Cancelled:
+            self._failed(_INTERRUPTED)  # it may have read or not
+            raise
+        if count < len(buffer):
             raise self._failed(
                 f"it ended early: it has {self._inner.size} bytes, or had when it was opened"
             )
@@ -351,7 +357,7 @@ class _SequentialReader:
         except Corrupt as error:
             raise self._failed(error.message) from error
         except BaseException:
-            self._failed("reading it was interrupted")
+            self._failed(_INTERRUPTED)
             raise
 
 
