@@ -38,12 +38,12 @@ ENCRYPTIONS: dict[str, Callable[[Remote], Remote]] = {
     "gcm": lambda inner: Encrypted(inner, FileCipher(Algorithm.AES_256_GCM, KEY)),
     "cbc": lambda inner: Encrypted(inner, FileCipher(Algorithm.AES_256_CBC, KEY)),
 }
-WRAPPERS |= ENCRYPTIONS
 STACKS = [
     ("local",),
     ("immutable",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
+    ("local", "cbc"),
     ("immutable", "chacha"),
     ("local", "recording", "gcm", "faults", "retry", "metrics"),
 ]
@@ -53,7 +53,7 @@ STACKS = [
 async def opened(url: str, *wrappers: str, **record: Any) -> AsyncIterator[Remote]:
     remote = await open_remote({"url": url, **record}, options=OPTIONS)
     for name in wrappers:
-        remote = WRAPPERS[name](remote)
+        remote = (WRAPPERS | ENCRYPTIONS)[name](remote)
     try:
         yield remote
     finally:
