@@ -47,6 +47,7 @@ _NONE: Final = "none"
 _LONGEST: Final = 64 * 1024
 _BACKUPS: Final = ("xo-vm-backups", "xo-config-backups", "xo-pool-metadata-backups")
 _SHOWN: Final = 5
+_UUID_LENGTH: Final = 36
 
 
 def key_of(record: Mapping[str, Any]) -> str | None:
@@ -317,11 +318,26 @@ def _known(name: str) -> Algorithm:
 
 
 def _opens(cipher: FileCipher, probe: bytes) -> bool:
-    """With CBC any key may decrypt it, to something that is no JSON."""
+    """With CBC any key may decrypt it, to something that is no JSON.
+
+    And whoever knows some content of a remote of aes-256-gcm, of which CBC uses the same block
+    cipher with the same key, can make up one block for CBC: too short for all of Xen Orchestra's
+    probe.  So an exchanged ``encryption.json`` does not take the authentication away.
+    """
     try:
-        return _is_json(cipher.decrypt(probe))
+        content = cipher.decrypt(probe)
     except Corrupt:
         return False
+    if cipher.algorithm.is_authenticated:
+        return _is_json(content)
+    try:
+        return len(msgspec.json.decode(content, type=_Probe).random) == _UUID_LENGTH
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+class _Probe(msgspec.Struct):
+    random: str
 
 
 def _is_json(data: bytes) -> bool:

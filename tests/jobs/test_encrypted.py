@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -28,7 +29,8 @@ def prepare(house: House, algorithm: Algorithm) -> None:
     root = house.folder(REMOTE)
     root.mkdir()
     (root / "encryption.json").write_text(json.dumps({"algorithm": algorithm}))
-    probe = FileCipher(algorithm, KEY).encrypt(b'{"random":"x"}')
+    random = json.dumps({"random": str(UUID(int=1))}).encode()
+    probe = FileCipher(algorithm, KEY).encrypt(random)
     (root / "metadata.json").write_bytes(probe)
 
 

@@ -232,6 +232,22 @@ async def test_a_key_that_is_empty_is_not_no_key(root: Path) -> None:
     assert not root.exists()
 
 
+async def test_weakness_14_nobody_without_the_key_takes_the_authentication_away(root: Path) -> None:
+    """Who knows 16 bytes of any file has a pair of AES's input and output, which is a block of
+    CBC whose content is theirs to choose."""
+    cipher = FileCipher(Algorithm.AES_256_GCM, RIGHT)
+    place(root, {BOTH[0]: GCM, BOTH[1]: probe(Algorithm.AES_256_GCM)}, data=True)
+    known = b"16 known letters"
+    stored = bytes(cipher.encrypt(known))
+    counter = stored[:12] + (2).to_bytes(4, "big")
+    block = bytes(a ^ b for a, b in zip(stored[12:28], known, strict=True))
+    wanted = b"{}" + bytes([14]) * 14
+    made_up = bytes(a ^ b for a, b in zip(counter, wanted, strict=True)) + block
+    assert FileCipher(Algorithm.AES_256_CBC, RIGHT).decrypt(made_up) == b"{}"
+    place(root, {BOTH[0]: b'{"algorithm":"aes-256-cbc"}', BOTH[1]: made_up})
+    await refusal(root, RIGHT, Unauthorized)
+
+
 # -- another key for an empty remote ---------------------------------------------------------------
 
 
