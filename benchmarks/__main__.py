@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks import (
     calls,
+    encrypted,
     full_backup,
     incremental,
     listing,
@@ -20,6 +21,7 @@ if __name__ == "__main__":
         *full_backup.measure(chosen),
         *restore.measure(chosen),
         *incremental.measure(chosen),
+        *encrypted.measure(chosen),
         *nbd.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
     [
         ("restore", "restore, HTTPS: whole run"),
         ("incremental", "merge of 25 % into a directory, each block"),
+        ("encrypted", "key backup to a directory: export, gcm"),
         ("nbd", "NBD over TLS"),
         ("listing", "listing 40 backups of 4 VMs, cached"),
         ("waiters", "50 waiters: change to the last answer"),

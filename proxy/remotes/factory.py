@@ -12,8 +12,9 @@ from proxy.remotes.bounds import Bounded
 from proxy.remotes.local import LocalRemote
 from proxy.remotes.network import open_nfs, open_smb
 from proxy.remotes.retry import Retry, Told
+from proxy.remotes.unlocking import key_of, unlocked
 from proxy.remotes.url import FileUrl, NfsUrl, SmbUrl, parse_url, refuse_placeholder
-from proxy.runtime.deadlines import deadline
+from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.secrets import remember_in
 from proxy.runtime.threads import Work, in_thread
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from proxy.remotes.interface import Remote
+    from proxy.remotes.url import RemoteUrl
+
+_CLOSE_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,9 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     Its root is made when missing, and checked.  The caller owns the result and calls
     ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
 
+    An encrypted one is opened by its ``encryptionKey`` (:func:`proxy.remotes.unlocking.unlocked`
+    says what it raises), and an empty one is set up for it.
+
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
     the errno of a root that cannot be used.
@@ -61,6 +68,20 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     refuse_placeholder("record", {**spec, "url": None})
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
+    key = key_of(merged)
+    storage = await _open_storage(parsed, merged, options)
+    try:
+        return await unlocked(storage, key)
+    except BaseException:
+        with undo_within("closing the remote", _CLOSE_SECONDS):
+            await storage.aclose()
+        raise
+
+
+async def _open_storage(
+    parsed: RemoteUrl, merged: Mapping[str, Any], options: RemoteOptions
+) -> Remote:
+    """Whatever is encrypted in it stays so."""
     if not isinstance(parsed, FileUrl | NfsUrl | SmbUrl):
         raise Refused(
             f"remotes of type '{parsed.type}' are not supported",
@@ -69,12 +90,6 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
         )
     if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
-    if merged.get("encryptionKey"):
-        raise Refused(
-            "encrypted remotes are not supported: nothing was read or written",
-            code="ENOTSUP",
-            data={"option": "encryptionKey"},
-        )
     if isinstance(parsed, NfsUrl):
         return await open_nfs(parsed, merged, options)
     if isinstance(parsed, SmbUrl):

@@ -79,9 +79,7 @@ class FullBackupWriter:
         return await self._completion.write(content)
 
     async def _check_size(self) -> None:
-        """Whether the storage holds what it said it wrote; encryption changes the size."""
-        if self._remote.is_encrypted:
-            return
+        """Whether the storage holds what it said it wrote."""
         size = (await self._remote.stat(self._xva)).size
         if size != self.size:
             raise Corrupt(

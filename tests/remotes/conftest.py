@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from proxy.formats.encrypted import Algorithm, FileCipher
 from proxy.remotes import RemoteOptions, open_remote
+from proxy.remotes.encryption import Encrypted
 from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
 from proxy.remotes.recording import Recording
@@ -34,6 +36,12 @@ WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
     "recording": Recording,
     "metrics": Metrics,
 }
+KEY = "0123456789abcdef0123456789abcdef"
+ENCRYPTIONS: dict[str, Callable[[Remote], Remote]] = {
+    "chacha": lambda inner: Encrypted(inner, FileCipher(Algorithm.CHACHA20_POLY1305, KEY)),
+    "gcm": lambda inner: Encrypted(inner, FileCipher(Algorithm.AES_256_GCM, KEY)),
+    "cbc": lambda inner: Encrypted(inner, FileCipher(Algorithm.AES_256_CBC, KEY)),
+}
 STACKS = [
     ("local",),
     ("immutable",),
@@ -41,6 +49,9 @@ STACKS = [
     ("smb",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
+    ("local", "cbc"),
+    ("immutable", "chacha"),
+    ("local", "recording", "gcm", "faults", "retry", "metrics"),
 ]
 
 
@@ -50,7 +61,7 @@ async def opened(
 ) -> AsyncIterator[Remote]:
     remote = await open_remote({"url": url, **record}, options=options)
     for name in wrappers:
-        remote = WRAPPERS[name](remote)
+        remote = (WRAPPERS | ENCRYPTIONS)[name](remote)
     try:
         yield remote
     finally:

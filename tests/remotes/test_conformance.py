@@ -115,8 +115,9 @@ async def test_a_created_file_appears_with_its_commit(remote: Remote) -> None:
         await file.write(memoryview(bytearray(b"tail")))
         if not remote.is_immutable:
             assert await names(remote, "vm") == [file.temporary_path.rpartition("/")[2]]
-        async with remote.open_read(file.temporary_path) as written:
-            assert await written.read_at(0, 100) == b"headtail"
+        if not remote.is_encrypted:  # where it lacks its tag until the commit
+            async with remote.open_read(file.temporary_path) as written:
+                assert await written.read_at(0, 100) == b"headtail"
         await file.commit()
         assert await names(remote, "vm") == ["20260101T000000Z.xva"]
     assert await remote.read_file("vm/20260101T000000Z.xva") == b"headtail"
@@ -175,6 +176,9 @@ async def test_an_exclusive_commit_does_not_replace(remote: Remote) -> None:
 async def test_reading_in_pieces(remote: Remote) -> None:
     content = bytes(range(256)) * 16
     await remote.write_file("f", content)
+    if remote.is_encrypted:
+        await check_sequential(remote, content)
+        return
     async with remote.open_read("f") as file:
         assert file.size == 4096
         buffer = memoryview(bytearray(4000))
@@ -192,6 +196,23 @@ async def test_reading_in_pieces(remote: Remote) -> None:
         assert await file.read_into(buffer) == 0
         assert await file.read_at(4090, 100) == content[4090:]
         assert await file.read_at(5000, 1) == b""
+
+
+async def check_sequential(remote: Remote, content: bytes) -> None:
+    """Only a whole file can be authenticated."""
+    async with remote.open_read("f") as file:
+        assert file.size == 4096
+        buffer = memoryview(bytearray(4000))
+        assert await file.read_into(buffer[:1000]) == 1000
+        for call in (file.read_at(10, 5), file.read_into_at(20, buffer)):
+            with pytest.raises(Refused) as caught:
+                await call
+            assert caught.value.code == "ENOTSUP"
+        assert await file.read_into(buffer[1000:]) == 3000
+        assert buffer == content[:4000]
+        assert await file.read_into(buffer) == 96
+        assert buffer[:96] == content[4000:]
+        assert await file.read_into(buffer) == 0
 
 
 async def test_list_is_sorted_and_tells_directories(remote: Remote) -> None:
