@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.disks.merge import merge_chain
-from proxy.disks.merge_state import Phase, is_disk_name, remove_state
+from proxy.disks.merge_state import Phase, Step, is_disk_name, remove_state
 from proxy.errors import Busy, NotFound, ProxyError
 from proxy.remotes import paths
 from proxy.repository.checksums import merging_checksums
@@ -22,7 +22,6 @@ from proxy.repository.lineage import read_lineage, stored_disk
 from proxy.repository.metadata import LIMIT, with_disks
 from proxy.repository.paths import DISKS_NAME, vm_directory
 from proxy.repository.planning import plan
-from proxy.repository.removals import Removals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from proxy.repository.chains import Lineage, StoredDisk
     from proxy.repository.metadata import Backup
     from proxy.repository.planning import Plan
-    from proxy.repository.removals import Warn
+    from proxy.repository.removals import Removals, Warn
 
     Merging = Callable[[Sequence[str]], AbstractAsyncContextManager[Progress | None]]
 
@@ -75,7 +74,7 @@ class DeltaClean:
         lock: Lock,
         warn: Warn,
         merging: Merging | None,
-        older_than: float,
+        removals: Removals,
     ) -> None:
         """``merging`` is entered around each merge with its chain; ``None``: merge nothing."""
         self._remote = remote
@@ -84,7 +83,7 @@ class DeltaClean:
         self._lock = lock
         self._warn = warn
         self._merging = None if remote.is_immutable else merging
-        self._removals = Removals(remote, lock, warn, older_than=older_than)
+        self._removals = removals
         self._lineages: dict[str, Lineage | None] = {}
         """By VDI directory; ``None`` where it could not be looked at."""
         self._disks: dict[str, StoredDisk] = {}
@@ -179,6 +178,8 @@ class DeltaClean:
         broken: list[str] = []
         for path in references.values():
             lineage = self._lineages.get(paths.parent(path))
+            if lineage is not None and _is_merged(lineage, path):
+                continue
             if lineage is None or any(
                 each in lineage.unreadable or each in lineage.dangling
                 for each in lineage.ancestors(path)
