@@ -264,14 +264,22 @@ class _Planner:
                 return False
         if not all(self._owns(path) for path in chain):
             return False
+        if is_alias(chain[0]) == is_alias(chain[-1]):
+            return True
         # The oldest takes the newest one's name, and the name says what the file is.
-        return is_alias(chain[0]) == is_alias(chain[-1])
+        self._warn(
+            "disks are kept because a file and an alias cannot be merged: after the next full "
+            "backup they go with the backups that stand on them",
+            oldest=chain[0],
+            newest=chain[-1],
+        )
+        return False
 
     def orphaned_data(self) -> tuple[str, ...]:
         """Entries of ``data/`` that no alias means, as long as all aliases can be read."""
         lineage = self._lineage
         claims = lineage.aliases.values()
-        if lineage.data is None or None in claims or lineage.states:
+        if lineage.data is None or None in claims or lineage.states or lineage.bad_states:
             return ()
         claimed = [*(claim for claim in claims if claim is not None), *self._elsewhere]
         return tuple(

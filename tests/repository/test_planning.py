@@ -186,9 +186,23 @@ def test_aliases_of_nothing_go_alone() -> None:
     assert messages(result) == ["missing target of alias"]
 
 
-def test_a_file_does_not_take_an_aliass_name() -> None:
-    mixed = replace(disk("b", alias=True), parent=p("a.vhd"), parent_uuid=uuid("a"))
-    assert plan(lineage(disk("a"), mixed), [mixed.path]).merge == ()
+@pytest.mark.parametrize("alias_first", [False, True])
+def test_a_file_and_an_alias_are_not_merged_and_the_log_says_so(alias_first: bool) -> None:
+    """Upstream loses both chains: it renames an alias to a disk's name, or makes an alias of
+    the file and then removes the file."""
+    oldest, newest = disk("a", alias=alias_first), disk("b", alias=not alias_first)
+    newest = replace(newest, parent=oldest.path, parent_uuid=uuid("a"))
+    result = plan(lineage(oldest, newest), [newest.path])
+    assert (result.merge, result.delete) == ((), ())
+    [(message, data)] = result.warnings
+    assert "cannot be merged" in message
+    assert "full backup" in message
+    assert data == {"oldest": oldest.path, "newest": newest.path}
+    gone = plan(lineage(oldest, newest), [])  # the chain has aged out
+    assert gone.delete == (newest.path, oldest.path)
+    between = replace(disk("c", alias=alias_first), parent=newest.path, parent_uuid=uuid("b"))
+    [chain] = plan(lineage(oldest, newest, between), [between.path]).merge
+    assert len(chain) == 3, "in between any kind is fine"
 
 
 def state(*names: str, step: Step = Step.BLOCKS, **more: Any) -> dict[str, MergeState]:
