@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LIMIT: Final = 1024 * 1024
 """Bytes of the largest state that is read: a chain of thousands of disks."""
 
+CUT: Final = "merge state cut"
+"""``data["what"]`` of a state that a crash of its writer cut: Xen Orchestra writes it in place."""
+
 _NAME = re.compile(r"\.(.+)\.merge\.json")
 
 
@@ -98,7 +101,7 @@ class MergeState:
         try:
             value = msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _corrupt(path, f"it is not valid JSON ({error})") from error
+            raise _corrupt(path, f"it is not valid JSON ({error})", what=CUT) from error
         if not isinstance(value, dict):
             raise _corrupt(path, "it is not a JSON object")
         record = cast("dict[str, Any]", value)
@@ -117,8 +120,9 @@ class MergeState:
         )
 
 
-def _corrupt(path: str, reason: str) -> Corrupt:
-    return Corrupt(f"the merge state '{path}' cannot be used: {reason}", data={"path": path})
+def _corrupt(path: str, reason: str, *, what: str = "merge state") -> Corrupt:
+    message = f"the merge state '{path}' cannot be used: {reason}"
+    return Corrupt(message, data={"what": what, "path": path})
 
 
 def _chain(value: Any, path: str) -> tuple[str, ...] | None:

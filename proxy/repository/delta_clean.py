@@ -220,17 +220,8 @@ class DeltaClean:
         """Make the metadata that names ``disk`` say what its disks are now."""
         for metadata, references in self._references.items():
             if disk in references.values():
-                try:
+                with contextlib.suppress(NotFound):  # it was incomplete
                     await self._rewrite(metadata, references)
-                except Busy:
-                    raise
-                except NotFound:
-                    continue  # it was incomplete
-                except ProxyError as error:
-                    self._warn(
-                        f"Issue writing {paths.name(metadata)}",
-                        {"error": error.message, "path": metadata},
-                    )
 
     async def _rewrite(self, metadata: str, references: Mapping[str, str]) -> None:
         known = {
@@ -342,7 +333,10 @@ class DeltaClean:
         return True
 
     async def _settle(self, chain: Sequence[str]) -> None:
-        """The merge is done: tell metadata, then forget the merge."""
+        """The merge is done: tell metadata, then forget the merge.
+
+        With metadata that cannot be written it is not done: the next clean tells it.
+        """
         for path in chain[:-1]:
             self._disks.pop(path, None)
         disk = await stored_disk(self._remote, chain[-1])
@@ -360,6 +354,20 @@ def _is_merging(lineage: Lineage, path: str) -> bool:
         oldest in chain
         or state.chain is None
         or any(paths.join(lineage.directory, name) in chain for name in state.chain)
+        for oldest, state in lineage.states.items()
+    )
+
+
+def _is_merged(lineage: Lineage, path: str) -> bool:
+    """Whether all of ``path`` is in the oldest disk of its merge already, so that it may be
+    half removed."""
+    return any(
+        state.step is Step.CLEANUP
+        and state.chain is not None
+        and state.child_uuid is not None
+        and path == paths.join(lineage.directory, state.chain[-1])
+        and oldest in lineage.disks
+        and lineage.disks[oldest].uuid == state.child_uuid
         for oldest, state in lineage.states.items()
     )
 

@@ -42,7 +42,7 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
     async def look(path: str) -> None:
         try:
             found[path] = await stored_disk(
-                remote, path, target=aliases.get(path), is_unfinished=path in states
+                remote, path, target=aliases.get(path), is_unfinished=path in merges
             )
         except NotFound as error:
             target = aliases.get(path)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.disks.merge_state import MergeState, Phase, Step
+from proxy.disks.merge_state import CUT, MergeState, Phase, Step
 from proxy.errors import Corrupt, Unreachable
 from proxy.repository.chains import Lineage, StoredDisk, is_temporary
 from proxy.repository.planning import Interrupted, Plan, plan
@@ -278,6 +278,46 @@ def test_unreadable_states_freeze_the_directory() -> None:
     )
     assert replace(result, warnings=()) == Plan()
     assert messages(result) == ["Issue loading .a.vhd.merge.json"]
+
+
+def cut(name: str) -> dict[str, Corrupt]:
+    return {p(f".{name}.merge.json"): Corrupt("cut", data={"what": CUT})}
+
+
+def test_a_state_that_a_crash_cut_is_a_merge_to_do_again() -> None:
+    """Xen Orchestra writes it in place.  Before, nothing was ever merged there any more."""
+    for number, footer in enumerate(("a", "c", "d")):
+        first = replace(CHAIN[0], uuid=uuid(footer))  # the footer of what was merged into it
+        disks = (first, *CHAIN[1:], disk("e", "d"))
+        result = plan(lineage(*disks, bad_states=cut("a.vhd")), [p("d.vhd"), p("e.vhd")])
+        [interrupted] = result.resume
+        assert interrupted.chain == tuple(p(f"{name}.vhd") for name in "abcd"), number
+        assert interrupted.phase is Phase.BLOCKS
+        assert interrupted.state.parent_uuid == uuid("a")
+        assert interrupted.state.child_uuid == uuid("d")
+        assert (result.delete, result.merge, result.data) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("disks", "active", "more"),
+    [
+        (CHAIN[1:], "d", {}),
+        (CHAIN, "ad", {}),
+        (CHAIN, "", {}),
+        ((*CHAIN, disk("e", "b")), "de", {}),
+        (CHAIN, "d", {"unreadable": {p("x.vhd"): Corrupt("header")}}),
+        ((*CHAIN[:2], disk("c", "b", base=uuid("x")), CHAIN[3]), "d", {}),
+        ((replace(CHAIN[0], uuid=uuid("x")), *CHAIN[1:]), "d", {}),
+    ],
+    ids=["gone", "named", "no target", "fork", "unreadable", "broken link", "foreign"],
+)
+def test_a_cut_state_freezes_what_cannot_be_told(
+    disks: tuple[StoredDisk, ...], active: str, more: dict[str, Any]
+) -> None:
+    found = lineage(*disks, bad_states=cut("a.vhd"), **more)
+    result = plan(found, [p(f"{name}.vhd") for name in active])
+    assert replace(result, warnings=()) == Plan()
+    assert "Issue loading .a.vhd.merge.json" in messages(result)
 
 
 def test_a_state_without_its_disks_goes() -> None:
