@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from proxy.remotes.wrapper import Operation
     from tests.disks.chains import Point
 
+pytestmark = pytest.mark.timeout(300)  # a few seconds where nobody else works
+
 T = TypeVar("T")
 IN_PLACE = "edit.write_at"
 RESULT = {"merge": False, "size": 0}
