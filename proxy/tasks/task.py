@@ -83,11 +83,6 @@ class Task:
             child.mark_replaced()
         self.warning(message, {**data, "isRetry": True})
 
-    def set_property(self, name: str, value: Any) -> None:
-        self.properties[name] = value
-        record = {"name": name, "value": value, "id": self.id}
-        self._emit({**record, "timestamp": _now_ms(), "type": "property"})
-
     def progress(
         self,
         done: int,

@@ -136,10 +136,6 @@ class Upload:
         """Close the socket at once; what it still holds is thrown away."""
         self._connection.abort()
 
-    async def imported_vms(self) -> list[str]:
-        """The VMs that this import is making now (references)."""
-        return await _being_imported(self._xapi, self._task)
-
     @property
     def peer_lossy(self) -> bool:
         """Whether TCP saw losses: evidence that the network is what slows the transfer."""
