@@ -266,6 +266,13 @@ class Connection:
             return
         await trio.lowlevel.wait_readable(sock)
 
+    def is_quiet(self) -> bool:
+        """Whether nothing came, neither a byte nor the end: an idle connection is still good."""
+        sock = self._socket
+        if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            return False
+        return not _poll(sock, select.POLLIN, time.monotonic() + 1e-6)
+
     @property
     def lossy(self) -> bool:
         """Whether TCP saw lost or reordered segments (more than 1 in 1,000): a bad network."""
