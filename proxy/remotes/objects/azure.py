@@ -34,8 +34,11 @@ _PAGE: Final = 5000
 _HOP: Final = 256 * 1024
 _ALONE: Final = 8
 """Deletes at once where there are no batches."""
+FIRST_WAIT = 0.1
+"""Seconds between looks at a copy that is under way, growing."""
 _COPY_SECONDS: Final = 600.0
 """How long a copy that the service does in its own time may make no progress."""
+_POLICIES: Final = ("x-ms-has-immutability-policy", "x-ms-has-legal-hold")
 _UNDO_SECONDS: Final = 10.0
 
 LIMITS: Final = Limits(
@@ -75,6 +78,18 @@ class AzureStore:
         exists = answer.headers.get("x-ms-error-code") == "ContainerAlreadyExists"
         if not (answer.status == 409 and exists):
             self.client.expect(answer, 201, "making the container", self.client.place.container)
+
+    async def object_lock(self) -> tuple[bool, str]:
+        """Whether a policy or a legal hold keeps blobs from being changed; and what the server
+        calls itself.
+
+        Immutability of single versions does not count: a blob can be replaced there.
+        """
+        container = self.client.place.container
+        answer = await self.client.ask("HEAD", "HEAD", query={"restype": "container"})
+        self.client.expect(answer, 200, "looking at the container", container)
+        locked = any(answer.headers.get(name, "").lower() == "true" for name in _POLICIES)
+        return locked, answer.headers.get("server", "")[:64]
 
     async def get(self, key: str, *, limit: int) -> bytes:
         async with self.client.exchange("GET", "GET", key) as exchange:
@@ -291,7 +306,7 @@ class AzureStore:
             raise
 
     async def _copied(self, target: str, copy: str) -> None:
-        wait, progress = 0.1, ""
+        wait, progress = FIRST_WAIT, ""
         last = trio.current_time()
         while True:
             headers = (await self._properties(target)).headers

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
     from proxy.remotes.objects.azure import AzureStore
 
-_POLICIES = (
-    "x-ms-has-immutability-policy",
-    "x-ms-has-legal-hold",
-    "x-ms-immutable-storage-with-versioning-enabled",
-)
 _UNDO_SECONDS = 30
 
 
@@ -29,12 +24,9 @@ async def probe(store: AzureStore, prefix: str) -> Mapping[str, Any]:
     because it could not be removed: the service itself is known to honour conditions, and no
     emulator has policies.
     """
-    client = store.client
-    answer = await client.ask("HEAD", "HEAD", query={"restype": "container"})
-    client.expect(answer, 200, "looking at the container", client.place.container)
-    locked = any(answer.headers.get(name, "").lower() == "true" for name in _POLICIES)
+    locked, server = await store.object_lock()
     found: dict[str, Any] = {
-        "server": answer.headers.get("server", "")[:64],
+        "server": server,
         "objectLock": locked,
         "conditionalPut": locked,
         "conditionalDelete": locked,
