@@ -90,7 +90,9 @@ def parse(document: bytes) -> Element:
 def can_hold(text: str) -> bool:
     """Whether XML 1.0 can spell ``text`` so that it is read back the same."""
     return all(
-        character >= " " and character not in "\ufffe\uffff" and not "\ud800" <= character <= "\udfff"
+        character >= " "
+        and character not in "\ufffe\uffff"
+        and not "\ud800" <= character <= "\udfff"
         for character in text
     )
 

@@ -75,7 +75,7 @@ class Signer:
         )
         scope = f"{stamp[:8]}/{self.region}/{self.service}/aws4_request"
         digest = hashlib.sha256(canonical.encode()).hexdigest()
-        text = "\n".join((_ALGORITHM, stamp, scope, digest))
+        text = f"{_ALGORITHM}\n{stamp}\n{scope}\n{digest}"
         signature = hmac.new(self._key_of(stamp[:8]), text.encode(), "sha256").hexdigest()
         signed["authorization"] = (
             f"{_ALGORITHM} Credential={self.access_key}/{scope}, "

@@ -76,6 +76,7 @@ class Services:
             disable_file_remotes=config.remotes.disable_file_remotes,
             mounts_dir=str(config.remote_options.mounts_dir),
             directory_mode=config.backups.dir_mode,
+            inactivity_seconds=config.remote_options.timeout,
         )
         return self._remotes.use(_key(spec, options), lambda: opened_remote(spec, options=options))
 

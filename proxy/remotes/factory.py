@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
-from proxy.remotes.url import FileUrl, parse_url
+from proxy.remotes.objects.opening import open_s3
+from proxy.remotes.url import FileUrl, S3Url, parse_url
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
@@ -26,18 +27,21 @@ class RemoteOptions:
     mounts_dir: str = "/run/xo-proxy/mounts"
     directory_mode: int = 0o700
     open_seconds: float = 30
-    """How long a file system may take to answer when a remote is opened."""
+    """How long a file system or a store may take to answer when it is opened."""
+    inactivity_seconds: float = 600
+    """How long a store may be silent in the middle of a request."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
     """Open what ``spec`` describes: ``{url, options?, id?, name?, …}`` as XO stores it.
 
-    Its root is made when missing, and checked.  The caller owns the result and calls
+    Its root is made when missing (a bucket is not), and checked.  The caller owns the result and calls
     ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
-    the errno of a root that cannot be used.
+    the errno of a root that cannot be used.  Of an object store ``NotFound`` (``ENOBUCKET``) and
+    ``Unauthorized`` too, with the URL's part that is wrong in ``data.part``.
     """
     url = spec.get("url")
     if not isinstance(url, str):
@@ -46,19 +50,26 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     remember_in(dict(spec))
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
-    if not isinstance(parsed, FileUrl):
+    if not isinstance(parsed, FileUrl | S3Url):
         raise Refused(
-            f"remotes of type '{parsed.type}' are not supported: only 'file' is",
+            f"remotes of type '{parsed.type}' are not supported: only 'file' and 's3' are",
             code="ENOTSUP",
-            data={"type": parsed.type, "supported": ["file"]},
+            data={"type": parsed.type, "supported": ["file", "s3"]},
         )
-    if options.disable_file_remotes:
+    if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
     if merged.get("encryptionKey"):
         raise Refused(
             "encrypted remotes are not supported: nothing was read or written",
             code="ENOTSUP",
             data={"option": "encryptionKey"},
+        )
+    if isinstance(parsed, S3Url):
+        return await open_s3(
+            parsed,
+            merged,
+            seconds=options.inactivity_seconds,
+            open_seconds=options.open_seconds,
         )
     return await LocalRemote.open(
         parsed.path,

@@ -124,17 +124,23 @@ class HttpPool:
                 await self._send_body(connection, memoryview(body))
         except Unreachable:
             # a server that refuses may say why and close before it has read everything
-            try:
-                with deadline(f"answer of {self.peer}", min(seconds or 1e9, _REFUSAL_SECONDS)):
-                    answer, content = await read_answer(connection, method)
-            except Unreachable:
-                answer = None
-            if answer is None or answer.status < 400:
+            refusal = await self._refusal(connection, method)
+            if refusal is None:
                 raise
-            return Exchange(self.peer, answer, content, seconds, reusable=False)
+            return refusal
         with deadline(f"answer of {self.peer}", seconds):
             answer, content = await read_answer(connection, method)
         return Exchange(self.peer, answer, content, seconds)
+
+    async def _refusal(self, connection: Connection, method: str) -> Exchange | None:
+        try:
+            with deadline(f"answer of {self.peer}", _REFUSAL_SECONDS):
+                answer, content = await read_answer(connection, method)
+        except Unreachable:
+            return None
+        if answer.status < 400:
+            return None
+        return Exchange(self.peer, answer, content, self._seconds, reusable=False)
 
     async def _send_body(self, connection: Connection, body: memoryview) -> None:
         while body:

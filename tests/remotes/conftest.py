@@ -1,28 +1,40 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from proxy.remotes import RemoteOptions, open_remote
 from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
+from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.recording import Recording
 from proxy.remotes.retry import Retry
+from proxy.remotes.wrapper import Wrapper
+from tests.remotes.objects.fake_s3 import FakeS3, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from proxy.remotes import Remote
 
 OPTIONS = RemoteOptions(disable_file_remotes=False)
 
-# Backends by name: a URL on a fresh directory.  Object stores join here.
+# Backends by name: a URL on a fresh directory.
 BACKENDS: dict[str, Callable[[Path], str]] = {
     "local": lambda root: f"file://{root}",
     "immutable": lambda root: f"file://{root}?immutable=true",
+}
+# Object stores by name: a server of our own that lacks this or that, and moto's.
+STORES: dict[str, Callable[[], FakeS3]] = {
+    "s3": lambda: FakeS3(page=7),
+    "s3-poor": lambda: FakeS3(conditions=False, conditional_delete=False, batches=False),
+    "s3-locked": lambda: FakeS3(lock="Enabled"),
 }
 WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
     "retry": Retry,
@@ -35,6 +47,9 @@ STACKS = [
     ("immutable",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
+    *((name,) for name in STORES),
+    ("s3", "faults", "retry", "metrics"),
+    ("moto",),
 ]
 
 
@@ -54,12 +69,50 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "remote"
 
 
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The address of a moto server with a bucket named ``bucket``."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        request = urllib.request.Request(
+            f"http://{host}:{port}/bucket",
+            method="PUT",
+            headers={
+                "Authorization": "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request,"
+            },
+        )
+        urllib.request.urlopen(request).close()
+        yield f"{host}:{port}"
+    finally:
+        server.stop()
+
+
 @pytest.fixture(params=STACKS, ids="+".join)
 async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Remote]:
     """Every backend and every wrapper, for what holds on all of them."""
     backend, *wrappers = request.param
-    async with opened(BACKENDS[backend](root), *wrappers) as built:
-        yield built
+    async with contextlib.AsyncExitStack() as stack:
+        if backend in STORES:
+            server = await stack.enter_async_context(serving(STORES[backend]()))
+            url = server.url("some dir/é")
+        elif backend == "moto":
+            moto = request.getfixturevalue("moto")
+            url = f"s3+http://key:secretkey@{moto}/bucket/{secrets.token_hex(8)}"
+        else:
+            url = BACKENDS[backend](root)
+        yield await stack.enter_async_context(opened(url, *wrappers))
+
+
+@pytest.fixture
+def flat(remote: Remote) -> bool:
+    """Whether the remote is an object store: no empty directories, no directory that is taken
+    by a file, no bytes before the commit."""
+    inner: Any = remote
+    while isinstance(inner, Wrapper):
+        inner = inner.inner
+    return isinstance(inner, ObjectRemote)
 
 
 @pytest.fixture

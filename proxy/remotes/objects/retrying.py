@@ -119,8 +119,7 @@ class RetryingStore:
 
         async def run(_tries: int) -> None:
             left = [key for key in keys if isinstance(outcomes.get(key, _UNKNOWN), Unreachable)]
-            for key, outcome in zip(left, await self._inner.delete_many(left), strict=True):
-                outcomes[key] = outcome
+            outcomes.update(zip(left, await self._inner.delete_many(left), strict=True))
             passing = [each for each in outcomes.values() if isinstance(each, Unreachable)]
             if passing:
                 raise passing[0]
@@ -147,11 +146,8 @@ class RetryingStore:
         await self._inner.aclose()
 
 
-
 class _Upload:
-    def __init__(
-        self, owner: RetryingStore, store: ObjectStore, key: str, inner: Upload
-    ) -> None:
+    def __init__(self, owner: RetryingStore, store: ObjectStore, key: str, inner: Upload) -> None:
         self._owner = owner
         self._store = store
         self._key = key
@@ -187,4 +183,3 @@ class _Upload:
 
     async def abort(self) -> None:
         await self._owner.again(lambda _: self._inner.abort())
-

@@ -271,9 +271,7 @@ def condition_headers(condition: Condition | None) -> dict[str, str]:
     return {} if condition.etag is None else {"if-match": condition.etag}
 
 
-def _length_of_range(
-    status: int, headers: Mapping[str, str], first: int, last: int
-) -> int | None:
+def _length_of_range(status: int, headers: Mapping[str, str], first: int, last: int) -> int | None:
     """How many bytes of the body are those asked for; ``None`` when they are others."""
     if status == 206:
         match = _RANGE.match(headers.get("content-range", ""))

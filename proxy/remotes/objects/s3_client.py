@@ -71,11 +71,12 @@ class S3Client:
         target, asked = sigv4.encode_path(path), sigv4.encode_query(query)
         sent = {"host": self._pool.host_header, "user-agent": _AGENT, **(headers or {})}
         payload = sigv4.EMPTY
-        if body:
+        if body or method in ("PUT", "POST"):
             with_md5 = self.content_md5 or "content-md5" in sent
             payload, md5 = await _hashes(body, with_md5=with_md5)
             if with_md5:
                 sent["content-md5"] = md5
+        if body:
             sent.setdefault("content-type", "application/octet-stream")
         signed = self._signer.sign(
             method, target, asked, sent, payload=digest or payload, now=time.time()
@@ -98,18 +99,17 @@ class S3Client:
         headers: Mapping[str, str] | None = None,
         body: bytes | memoryview = b"",
         digest: str | None = None,
-        limit: int = s3_xml.LARGEST,
     ) -> tuple[Mapping[str, str], bytes]:
         """The headers and the body of a good answer; others raise (:mod:`s3_errors`)."""
         async with self.open(
             verb, method, key, query=query, headers=headers, body=body, digest=digest
         ) as exchange:
             await raise_for(exchange, doing, key or "")
-            content = await exchange.read_all(limit)
+            content = await exchange.read_all(s3_xml.LARGEST)
             if content is None:
                 raise Corrupt(
-                    f"the answer has more than {limit} bytes, {doing} '{key or ''}'",
-                    data={"path": key or "", "limit": limit},
+                    f"the answer has more than {s3_xml.LARGEST} bytes, {doing} '{key or ''}'",
+                    data={"path": key or "", "limit": s3_xml.LARGEST},
                 )
             return exchange.headers, content
 
@@ -137,9 +137,7 @@ def confirmed(content: bytes, name: str, doing: str, path: str) -> Element:
             data={"path": path},
         ) from error
     if root.name == "Error":
-        raise from_code(
-            root.value("Code") or "", root.value("Message") or "", 200, doing, path
-        )
+        raise from_code(root.value("Code") or "", root.value("Message") or "", 200, doing, path)
     if root.name != name:
         raise Unreachable(
             f"EPROTO: the store answers '{root.name[:64]}' for '{name}', {doing} '{path}'",
