@@ -6,6 +6,7 @@ Both stand in the error's ``data`` with the id of the request, which Microsoft's
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.errors import Conflict, NotFound, ProxyError, Refused, Unauthorized, Unreachable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _SKEW: Final = 15 * 60
 """Seconds that the service lets a request's date differ from its own."""
 _LONGEST_MESSAGE: Final = 512
+_SIGNATURE: Final = re.compile(r"sig=[^&\s]+")
 
 _CODES: Final[Mapping[str, tuple[type[ProxyError], str, str]]] = {
     "BlobNotFound": (NotFound, "ENOENT", "the blob does not exist"),
@@ -125,7 +127,7 @@ def _by_status(status: int, fields: Mapping[str, str]) -> tuple[type[ProxyError]
     """For the codes that have no meaning of their own here."""
     # its first line: what follows are ids and times
     message = scrub_text((fields.get("Message", "").splitlines() or [""])[0][:_LONGEST_MESSAGE])
-    meaning = message.rstrip(".") or "the service refused"
+    meaning = _SIGNATURE.sub("sig=***", message).rstrip(".") or "the service refused"
     if 300 <= status < 400:
         meaning = "it answers with a redirection: the host is no blob service"
     usual = (Unreachable, "EIO") if status >= 500 else (Refused, "EINVAL")
