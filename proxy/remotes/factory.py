@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
+from proxy.remotes.objects.azure_opening import open_azure
 from proxy.remotes.objects.opening import open_s3
-from proxy.remotes.url import FileUrl, S3Url, parse_url
+from proxy.remotes.url import AzureUrl, FileUrl, S3Url, parse_url
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from proxy.remotes.interface import Remote
+
+
+_SUPPORTED = ("file", "s3", "azure", "azurite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,8 @@ class RemoteOptions:
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
     """Open what ``spec`` describes: ``{url, options?, id?, name?, …}`` as XO stores it.
 
-    Its root is made when missing (a bucket is not), and checked.  The caller owns the result and calls
-    ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
+    Its root is made when missing (an Azure container too, a bucket is not), and checked.  The
+    caller owns the result and calls ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
@@ -50,11 +54,11 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     remember_in(dict(spec))
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
-    if not isinstance(parsed, FileUrl | S3Url):
+    if not isinstance(parsed, FileUrl | S3Url | AzureUrl):
         raise Refused(
-            f"remotes of type '{parsed.type}' are not supported: only 'file' and 's3' are",
+            f"remotes of type '{parsed.type}' are not supported: only {', '.join(_SUPPORTED)} are",
             code="ENOTSUP",
-            data={"type": parsed.type, "supported": ["file", "s3"]},
+            data={"type": parsed.type, "supported": [*_SUPPORTED]},
         )
     if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
@@ -64,13 +68,11 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
             code="ENOTSUP",
             data={"option": "encryptionKey"},
         )
+    waits = {"seconds": options.inactivity_seconds, "open_seconds": options.open_seconds}
     if isinstance(parsed, S3Url):
-        return await open_s3(
-            parsed,
-            merged,
-            seconds=options.inactivity_seconds,
-            open_seconds=options.open_seconds,
-        )
+        return await open_s3(parsed, merged, **waits)
+    if isinstance(parsed, AzureUrl):
+        return await open_azure(parsed, merged, **waits)
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from proxy.remotes import Remote
+    from tests.azurite import Azurite
 
 OPTIONS = RemoteOptions(disable_file_remotes=False)
 
@@ -50,6 +51,7 @@ STACKS = [
     *((name,) for name in STORES),
     ("s3", "faults", "retry", "metrics"),
     ("moto",),
+    ("azurite",),
 ]
 
 
@@ -100,6 +102,9 @@ async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Re
         elif backend == "moto":
             moto = request.getfixturevalue("moto")
             url = f"s3+http://key:secretkey@{moto}/bucket/{secrets.token_hex(8)}"
+        elif backend == "azurite":
+            emulator: Azurite = request.getfixturevalue("azurite")
+            url = emulator.url(f"/cont/some dir/é/{secrets.token_hex(8)}")
         else:
             url = BACKENDS[backend](root)
         yield await stack.enter_async_context(opened(url, *wrappers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,24 +64,35 @@ class Script:
 
 
 @contextlib.asynccontextmanager
-async def talking_to(answering: Answering) -> AsyncIterator[AzureStore]:
-    """A store whose service is ``answering``."""
+async def serving(answering: Answering, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """The port of a service that is ``answering``."""
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        port = listeners[0].socket.getsockname()[1]
 
-        async def serve(stream: trio.SocketStream) -> None:
-            async with stream:
-                with contextlib.suppress(trio.BrokenResourceError):
+        async def serve(socket: trio.SocketStream) -> None:
+            stream: trio.abc.Stream = socket
+            if tls is not None:
+                stream = trio.SSLStream(socket, tls, server_side=True)
+            with contextlib.suppress(trio.BrokenResourceError):
+                async with stream:
                     await _serve(stream, answering)
 
         nursery.start_soon(trio.serve_listeners, serve, listeners)
+        try:
+            yield listeners[0].socket.getsockname()[1]
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def talking_to(answering: Answering) -> AsyncIterator[AzureStore]:
+    """A store whose service is ``answering``."""
+    async with serving(answering) as port:
         store = AzureStore(AzureClient.of(url_of(port), seconds=5))
         try:
             yield store
         finally:
             await store.aclose()
-            nursery.cancel_scope.cancel()
 
 
 def url_of(port: int) -> AzureUrl:
@@ -90,7 +102,7 @@ def url_of(port: int) -> AzureUrl:
     return parsed
 
 
-async def _serve(stream: trio.SocketStream, answering: Answering) -> None:
+async def _serve(stream: trio.abc.Stream, answering: Answering) -> None:
     while True:
         connection = h11.Connection(h11.SERVER)
         request: h11.Request | None = None
@@ -101,7 +113,7 @@ async def _serve(stream: trio.SocketStream, answering: Answering) -> None:
                 data = await stream.receive_some(65536)
                 if not data and request is None:
                     return
-                connection.receive_data(data)
+                connection.receive_data(bytes(data))
             elif isinstance(event, h11.Request):
                 request = event
             elif isinstance(event, h11.Data):
