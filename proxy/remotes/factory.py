@@ -31,7 +31,7 @@ class RemoteOptions:
     mounts_dir: str = "/run/xo-proxy/mounts"
     directory_mode: int = 0o700
     open_seconds: float = 30
-    """How long a file system or a store may take to answer when it is opened."""
+    """How long a file system or a store may take to answer when opened."""
     inactivity_seconds: float = 600
     """How long a store may be silent in the middle of a request."""
 

@@ -8,8 +8,6 @@ from proxy.errors import NotFound, Unreachable
 from proxy.remotes.interface import Entry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from proxy.remotes.objects.store import Listed, ObjectStore, Page
 
 
@@ -31,23 +29,34 @@ class Keys:
         return key[len(self._head) :]
 
 
-async def pages(store: ObjectStore, prefix: str, *, deep: bool) -> AsyncIterator[Page]:
+class pages:  # noqa: N801 (used as a function; a generator would need closing when left early)
     """Every page of a listing.  ``Unreachable`` when it would go in circles."""
-    token: str | None = None
-    seen: set[str] = set()
-    while True:
-        page = await store.list(prefix, deep=deep, token=token)
-        yield page
-        token = page.next
-        if token is None:
-            return
-        if token in seen:
+
+    def __init__(self, store: ObjectStore, prefix: str, *, deep: bool) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._deep = deep
+        self._token: str | None = None
+        self._seen: set[str | None] = set()
+        self._ended = False
+
+    def __aiter__(self) -> pages:
+        return self
+
+    async def __anext__(self) -> Page:
+        if self._ended:
+            raise StopAsyncIteration
+        if self._token in self._seen:
             raise Unreachable(
-                f"EPROTO: the store's listing of '{prefix}' goes in circles",
+                f"EPROTO: the store's listing of '{self._prefix}' goes in circles",
                 code="EPROTO",
-                data={"path": prefix},
+                data={"path": self._prefix},
             )
-        seen.add(token)
+        self._seen.add(self._token)
+        page = await self._store.list(self._prefix, deep=self._deep, token=self._token)
+        self._token = page.next
+        self._ended = page.next is None
+        return page
 
 
 async def entries(store: ObjectStore, keys: Keys, path: str) -> list[Entry]:

@@ -127,7 +127,7 @@ class Mover:
 
     async def _copy_parts(self, source: str, target: str, size: int) -> None:
         limits = self._store.limits
-        part = max(limits.largest_copy // 8, -(-size // limits.most_parts))
+        part = max(limits.largest_copy // 8, limits.smallest_part, -(-size // limits.most_parts))
         ranges = list(enumerate(range(0, size, part), start=1))
         upload = await self._store.upload(target)
         done = False

@@ -1,7 +1,8 @@
 """Sends again what an object store failed to do for a reason that passes.
 
 Only ``Unreachable`` passes: a reset, a time-out, an internal error, "slow down".  A wrong key, a
-missing object or a refusal are the same the second time.
+missing object or a refusal are the same the second time.  A missing bucket or container is made
+``Unreachable`` here (and not tried again): it must not look like a directory that is empty.
 
 A request whose answer was lost may have been done.  What is the same when done twice is simply
 sent again.  Of a write under a condition, the second try is refused by the first one's effect:
@@ -49,12 +50,18 @@ class RetryingStore:
 
     async def again(self, run: Callable[[int], Awaitable[T]]) -> T:
         """``run(tries)`` until it does not fail for a passing reason; ``tries`` counts from 0."""
-        for tries, wait in enumerate(self._waits):
-            try:
-                return await run(tries)
-            except Unreachable:
-                await trio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 (no secret)
-        return await run(len(self._waits))
+        try:
+            for tries, wait in enumerate(self._waits):
+                try:
+                    return await run(tries)
+                except Unreachable:
+                    await trio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 (no secret)
+            return await run(len(self._waits))
+        except NotFound as error:
+            if error.code != "ENOBUCKET":
+                raise
+            # whoever asks for a file or a directory would take it for an empty one
+            raise Unreachable(error.message, code=error.code, data=error.data) from error
 
     async def get(self, key: str, *, limit: int) -> bytes:
         return await self.again(lambda _: self._inner.get(key, limit=limit))

@@ -188,9 +188,13 @@ class FakeS3:
                 fault.reached.set()
                 if fault.waits is not None and not fault.after:
                     await fault.waits.wait()
-            answer = self._handle(request) if fault is None or fault.after or (
-                fault.torn is not None or fault.answer is not None or fault.waits is not None
-            ) else Answer(200)
+            answer = (
+                self._handle(request)
+                if fault is None
+                or fault.after
+                or (fault.torn is not None or fault.answer is not None or fault.waits is not None)
+                else Answer(200)
+            )
             if fault is not None:
                 if fault.waits is not None and fault.after:
                     await fault.waits.wait()
@@ -274,7 +278,9 @@ class FakeS3:
                 return _error(501, "NotImplemented")
             case "forbidden":
                 return _error(403, "AccessDenied")
-        return _xml("ObjectLockConfiguration", f"<ObjectLockEnabled>{self.lock}</ObjectLockEnabled>")
+        return _xml(
+            "ObjectLockConfiguration", f"<ObjectLockEnabled>{self.lock}</ObjectLockEnabled>"
+        )
 
     def _put(self, request: Request) -> Answer:
         refused = self._refused(request, request.key)
@@ -353,9 +359,7 @@ class FakeS3:
             if element.tag.endswith("Key"):
                 key = element.text or ""
                 if key.endswith("forbidden"):
-                    out.append(
-                        f"<Error><Key>{escape(key)}</Key><Code>AccessDenied</Code></Error>"
-                    )
+                    out.append(f"<Error><Key>{escape(key)}</Key><Code>AccessDenied</Code></Error>")
                 else:
                     self.objects.pop(key, None)
                     out.append(f"<Deleted><Key>{escape(key)}</Key></Deleted>")
