@@ -40,7 +40,8 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     """Open what ``spec`` describes: ``{url, options?, id?, name?, …}`` as XO stores it.
 
     Its root is made when missing (an Azure container too, a bucket is not), and checked.  The
-    caller owns the result and calls ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
+    caller owns the result and calls ``aclose``; :func:`opened_remote` does both.  On cancel
+    nothing stays open.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and

@@ -46,6 +46,8 @@ _CERTIFICATE_CODES: Final = {
     62: "ERR_TLS_CERT_ALTNAME_INVALID",
     64: "ERR_TLS_CERT_ALTNAME_INVALID",
 }
+CERTIFICATE_CODES: Final = frozenset({*_CERTIFICATE_CODES.values(), "CERT_REJECTED"})
+"""Codes of a peer that is there, but whose certificate is not trusted."""
 
 
 def client_context(*, allow_unauthorized: bool) -> ssl.SSLContext:

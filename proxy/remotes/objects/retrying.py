@@ -1,8 +1,9 @@
 """Sends again what an object store failed to do for a reason that passes.
 
 Only ``Unreachable`` passes: a reset, a time-out, an internal error, "slow down".  A wrong key, a
-missing object or a refusal are the same the second time.  A missing bucket or container is made
-``Unreachable`` here (and not tried again): it must not look like a directory that is empty.
+missing object, a refusal or a certificate that is not trusted are the same the second time.  A
+missing bucket or container is made ``Unreachable`` here (and not tried again): it must not look
+like a directory that is empty.
 
 A request whose answer was lost may have been done.  What is the same when done twice is simply
 sent again.  Of a write under a condition, the second try is refused by the first one's effect:
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from proxy.errors import Conflict, NotFound, Unreachable
+from proxy.runtime.transport import CERTIFICATE_CODES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -54,7 +56,9 @@ class RetryingStore:
             for tries, wait in enumerate(self._waits):
                 try:
                     return await run(tries)
-                except Unreachable:
+                except Unreachable as error:
+                    if error.code in CERTIFICATE_CODES:
+                        raise
                     await trio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 (no secret)
             return await run(len(self._waits))
         except NotFound as error:
