@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 LARGEST = 16 * 1024 * 1024
 """Bytes; a page of 1,000 keys of 1,024 bytes, percent-encoded, is below 4 MiB."""
 _DEEPEST = 16
-_MOST_ELEMENTS = 100_000
+_MOST_ELEMENTS = 30_000
+"""Three times those of a page of 1,000 keys."""
 
 
 @dataclass(slots=True)
