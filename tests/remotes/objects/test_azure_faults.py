@@ -133,6 +133,7 @@ async def test_a_body_that_was_cut_is_not_read_as_short() -> None:
     [
         Answer(206, b"01234", {"content-range": "bytes 0-4/10"}),  # fewer, and not at the end
         Answer(206, b"0123456789", {"content-range": "bytes 1-10/20"}),
+        Answer(206, b"56789", {"content-range": "bytes 5-9/20"}),
         Answer(206, b"0123456789", {}),
         Answer(200, b"0123456789"),
     ],

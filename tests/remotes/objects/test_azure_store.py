@@ -13,12 +13,16 @@ import trio
 from azure.storage.blob import ContainerClient
 from trio.to_thread import run_sync as in_thread
 
-from proxy.errors import Conflict, Corrupt, NotFound, Refused, Unauthorized, Unreachable
+from proxy.errors import Busy, Conflict, Corrupt, NotFound, Refused, Unauthorized, Unreachable
 from proxy.remotes import open_remote, opened_remote
-from proxy.remotes.objects.azure import AzureStore
+from proxy.remotes.objects.azure import LIMITS, AzureStore
 from proxy.remotes.objects.azure_client import AzureClient, Place
+from proxy.remotes.objects.azure_opening import open_azure
+from proxy.remotes.objects.parts import BUDGET, Sizes
 from proxy.remotes.objects.store import Condition
+from proxy.remotes.probe import test_remote as check_remote
 from proxy.remotes.url import AzureUrl, parse_url
+from proxy.runtime.http_pool import HttpPool
 from tests import certificates
 from tests.azurite import ACCOUNT, KEY
 from tests.remotes.conftest import OPTIONS
@@ -124,7 +128,8 @@ async def test_ranges_end_where_the_blob_ends(store: AzureStore) -> None:
         await store.get("f", limit=2047)
 
 
-async def test_conditions_hold(store: AzureStore) -> None:
+async def test_weakness_13_conditions_hold(store: AzureStore) -> None:
+    """Upstream's exclusive writes always replace on Azure."""
     old = await store.put("f", b"1", condition=Condition(absent=True))
     new = await store.put("f", b"2", condition=Condition(etag=old))
     for condition in (Condition(absent=True), Condition(etag=old)):
@@ -248,6 +253,88 @@ async def test_bytes_that_are_damaged_on_the_way_are_refused(
         await store.put("f", b"x")
     with pytest.raises(NotFound):
         await store.head("f")
+
+
+async def test_the_account_in_the_name_of_the_host(store: AzureStore, azurite: Azurite) -> None:
+    """As the service itself is addressed; the emulator understands both."""
+    host = f"{ACCOUNT}.blob.localhost"
+    address, _, port = azurite.address.partition(":")
+    pool = HttpPool(address, int(port), context=None)
+    pool.host_header = f"{host}:{port}"
+    container = store.client.place.container
+    place = Place(f"http://{pool.host_header}", "", container, "")
+    other = AzureStore(AzureClient(place, store.client.account, pool))
+    await other.put("d/a b", b"x")
+    await other.copy("d/a b", "d/c")
+    assert await store.get("d/c", limit=1) == b"x"
+    assert await other.delete_many(["d/a b", "d/c"]) == [None, None]
+    assert (await store.list("", deep=True)).objects == ()
+    await other.aclose()
+
+
+async def test_weakness_09_two_proxies_do_not_work_on_one_vm(
+    azurite: Azurite, container: str
+) -> None:
+    """Upstream has no locks on object stores."""
+    record = {"url": azurite.url(f"/{container}/d")}
+    async with (
+        opened_remote(record, options=OPTIONS) as one,
+        opened_remote(record, options=OPTIONS) as other,
+    ):
+        async with one.lock("xo-vm-backups/vm", owner="run-1") as lock:
+            with pytest.raises(Busy, match="run-1"):
+                async with other.lock("xo-vm-backups/vm", owner="run-2"):
+                    pytest.fail("held twice")
+            await lock.check()
+        async with other.lock("xo-vm-backups/vm", owner="run-2"):
+            pass
+
+
+async def test_weakness_10_what_is_missing_is_told_at_once(
+    azurite: Azurite, container: str
+) -> None:
+    """Upstream asks six times, then says `RestError`, `Expected a stream`, `Not implemented`."""
+    url = parsed(azurite.url(f"/{container}"))
+    waits = {"seconds": 10.0, "open_seconds": 10.0}
+    remote = await open_azure(url, {}, **waits)
+    before = sum(remote.requests().values())
+    with pytest.raises(NotFound) as caught:
+        async with remote.open_read("d/none"):
+            pass
+    assert caught.value.code == "ENOENT"
+    assert sum(remote.requests().values()) == before + 1
+    await remote.write_file("d/f", b"0123456789")
+    async with remote.open_read("d/f") as file:
+        assert await file.read_at(3, 4) == b"3456"
+    with pytest.raises(Conflict) as full:
+        await remote.rmdir("d")
+    assert full.value.code == "ENOTEMPTY"
+    await remote.unlink("d/f")
+    await remote.rmdir("d")
+    await remote.aclose()
+
+
+def test_weakness_12_a_stream_of_unknown_length_is_not_cut() -> None:
+    """Upstream's blocks of 4 MiB end at 195 GiB."""
+    sizes = Sizes(LIMITS, BUDGET)
+    reach = sum(sizes.of(number) for number in range(1, LIMITS.most_parts + 1))
+    assert reach > 2 * 1024**4
+    assert sizes.largest <= min(BUDGET, LIMITS.largest_part)
+
+
+async def test_weakness_15_a_test_of_the_remote_leaves_nothing(
+    azurite: Azurite, container: str
+) -> None:
+    record = {"url": azurite.url(f"/{container}/d")}
+    found = await check_remote(opened_remote(record, options=OPTIONS))
+    assert found["success"], found
+    assert min(found["writeRate"], found["readRate"]) > 0
+    async with opened_remote(record, options=OPTIONS) as remote:
+        assert await remote.list("") == []
+    wrong = {"url": record["url"].replace(quote(KEY, safe=""), "YQ%3D%3D")}
+    found = await check_remote(opened_remote(wrong, options=OPTIONS))
+    assert not found["success"]
+    assert "check the key" in found["error"]
 
 
 async def test_the_container_of_a_directory_is_made(azurite: Azurite, container: str) -> None:
