@@ -31,7 +31,7 @@ class RemoteOptions:
     mounts_dir: str = "/run/xo-proxy/mounts"
     directory_mode: int = 0o700
     open_seconds: float = 30
-    """How long a file system or a store may take to answer when opened."""
+    """How long a file system or a store may take to answer while it is opened."""
     inactivity_seconds: float = 600
     """How long a store may be silent in the middle of a request."""
 
@@ -45,8 +45,8 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
-    the errno of a root that cannot be used.  Of an object store ``NotFound`` (``ENOBUCKET``) and
-    ``Unauthorized`` too, with the URL's part that is wrong in ``data.part``.
+    the errno of a root that cannot be used.  Of an object store ``Unreachable`` (``ENOBUCKET``)
+    and ``Unauthorized`` too, with the URL's part that is wrong in ``data.part``.
     """
     url = spec.get("url")
     if not isinstance(url, str):

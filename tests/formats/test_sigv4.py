@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import time
 from unittest import mock
 
@@ -26,11 +27,10 @@ def theirs(method: str, path: str, query: str, headers: dict[str, str], body: by
     request = AWSRequest(method=method, url=url, headers=headers, data=body)
     auth = S3SigV4Auth(Credentials(KEY, SECRET), "s3", "eu-west-1")
     stamp = datetime.datetime.fromtimestamp(1_800_000_000, datetime.UTC)
+    now = stamp.replace(tzinfo=None)
     with (
-        mock.patch(
-            "botocore.auth.get_current_datetime", lambda *_, **__: stamp.replace(tzinfo=None)
-        ),
-        mock.patch.object(auth, "_should_sha256_sign_payload", lambda _: True),
+        mock.patch("botocore.auth.get_current_datetime", return_value=now),
+        mock.patch.object(auth, "_should_sha256_sign_payload", return_value=True),
     ):
         auth.add_auth(request)
     return str(request.headers["Authorization"])
@@ -46,8 +46,6 @@ def theirs(method: str, path: str, query: str, headers: dict[str, str], body: by
 def test_every_signature_is_botocores(
     method: str, key: str, query: dict[str, str], headers: dict[str, str], body: bytes
 ) -> None:
-    import hashlib
-
     path = sigv4.encode_path(f"/bucket/{key}")
     asked = sigv4.encode_query([*query.items()])
     sent = {"host": "s3.eu-west-1.amazonaws.com", **headers}

@@ -11,7 +11,7 @@ What is different from a file system, beside the speed of single calls:
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
 
@@ -184,10 +184,10 @@ class ObjectRemote:
                 await writer.discard()
 
     def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
-        return self._edit(path)
+        """Always refused, as the contract says for remotes that cannot."""
+        return _NoEdit(lambda: self._refuse_edit(path))
 
-    @contextlib.asynccontextmanager
-    async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
+    async def _refuse_edit(self, path: str) -> NoReturn:
         if self.is_immutable:
             raise _immutable("changed", path)
         self._key(path, "edit")
@@ -198,7 +198,6 @@ class ObjectRemote:
             code="ENOTSUP",
             data={"path": path},
         )
-        yield  # the other branches raise
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
         return self._batch()
@@ -320,6 +319,17 @@ class ObjectRemote:
                 data={"path": "/"},
             )
         return self._keys.of(normal)
+
+
+class _NoEdit:
+    def __init__(self, refuse: Callable[[], Awaitable[FileEditor]]) -> None:
+        self._refuse = refuse
+
+    async def __aenter__(self) -> FileEditor:
+        return await self._refuse()
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
 
 
 class _Batch:

@@ -247,8 +247,6 @@ class FakeS3:
                 return _error(400, "BadDigest")
         elif self.lock == "Enabled" and request.verb in ("put", "part"):
             return _error(400, "InvalidRequest", "Content-MD5 is required with Object Lock")
-        if request.key.endswith("forbidden"):
-            return _error(403, "AccessDenied")
         return getattr(self, "_" + request.verb.replace("-", "_"))(request)  # type: ignore[no-any-return]
 
     def _refused(self, request: Request, key: str) -> Answer | None:
@@ -440,7 +438,7 @@ class FakeS3:
         return _xml("ListPartsResult", "<IsTruncated>false</IsTruncated>")
 
 
-class _Reset(Exception):  # noqa: N818
+class _Reset(Exception):
     pass
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -145,7 +145,11 @@ async def test_a_lease_is_waited_for() -> None:
 @CONDITIONAL
 async def test_a_lease_that_somebody_took_stops_the_body_at_once(*, conditional: bool) -> None:
     store = MemoryStore(conditional=conditional)
-    message = await loses(store, lambda: None if store.keep(KEY, record_of_another()) else None)
+
+    def take() -> None:
+        store.keep(KEY, record_of_another())
+
+    message = await loses(store, take)
     assert "run-9" in message
     assert "what was being done was stopped" in message
     assert json.loads(store.objects[KEY][0])["owner"] == "run-9", "theirs is left alone"
@@ -226,21 +230,22 @@ async def test_an_answer_that_is_lost_is_not_taken_for_somebody_else(verb: str) 
     assert lost[0] > 5
 
 
-async def test_a_cancel_at_any_moment_of_taking_it_leaves_nothing() -> None:
-    for stop in range(12):
-        store = MemoryStore()
-        with trio.CancelScope() as scope:
-            steps = [0]
+@pytest.mark.parametrize("stop", range(12))
+async def test_a_cancel_at_any_moment_of_taking_it_leaves_nothing(stop: int) -> None:
+    store = MemoryStore()
+    steps = 0
+    with trio.CancelScope() as scope:
 
-            async def cut(_verb: str, _key: str, steps: list[int] = steps) -> None:
-                steps[0] += 1
-                if steps[0] == stop:
-                    scope.cancel()  # noqa: B023 (called within the round)
+        async def cut(_verb: str, _key: str) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == stop:
+                scope.cancel()
 
-            store.before = store.after = cut
-            async with hold(store):
-                await trio.sleep(30)
-        assert store.objects == {}
+        store.before = store.after = cut
+        async with hold(store):
+            await trio.sleep(30)
+    assert store.objects == {}
 
 
 async def test_a_release_that_fails_is_told_and_the_next_run_need_not_wait() -> None:
@@ -279,13 +284,14 @@ async def test_anything_may_stand_in_the_record(junk: bytes) -> None:
 async def test_without_conditions_the_last_writer_has_it() -> None:
     """The documented window: both write before either looks; whoever looks finds one."""
     store = MemoryStore(conditional=False)
-    arrived: list[Awaitable[None]] = []
+    arrived = 0
     gate = trio.Event()
 
     async def together(verb: str, _key: str) -> None:
+        nonlocal arrived
         if verb == "put":
-            arrived.append(trio.lowlevel.checkpoint())
-            if len(arrived) == 2:
+            arrived += 1
+            if arrived == 2:
                 gate.set()
             await gate.wait()
 
@@ -303,7 +309,5 @@ async def test_without_conditions_the_last_writer_has_it() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(want, "run-1")
         nursery.start_soon(want, "run-2")
-    for each in arrived:
-        await each
     assert len(winners) == 1
     assert module._SETTLE_SECONDS < REFRESH_SECONDS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from unittest import mock
@@ -29,9 +29,9 @@ def remote_on(store: MemoryStore, budget: int = 64) -> ObjectRemote:
 
 
 @pytest.fixture(autouse=True)
-def small_parts() -> AsyncIterator[None]:
+def small_parts() -> Iterator[None]:
     with mock.patch.object(parts.Sizes.__init__, "__kwdefaults__", {"first": 4}):
-        yield  # type: ignore[misc]
+        yield
 
 
 @asynccontextmanager
