@@ -60,16 +60,22 @@ def respond(
         return 404, {}, b"<Error><Code>ObjectLockConfigurationNotFoundError</Code></Error>"
     if "list-type" in asked:
         return 200, {}, listing(asked)
+    if "uploadId" in asked and method != "POST":
+        return part(method, asked["uploadId"], size)
     if method == "POST":
         return post(key, asked, body)
-    if "uploadId" in asked:
-        if method == "PUT":
-            _uploads[asked["uploadId"]].append(size)
-            return 200, {"ETag": '"part"'}, b""
-        return (204, {}, b"") if _uploads.pop(asked["uploadId"], None) else (404, {}, b"")
-    there = _objects.get(key)
+    return put(key, headers, body, size) if method == "PUT" else look(method, key, headers)
+
+
+def part(method: str, upload: str, size: int) -> Response:
     if method == "PUT":
-        return put(key, headers, body, size)
+        _uploads[upload].append(size)
+        return 200, {"ETag": '"part"'}, b""
+    return (404, {}, b"") if _uploads.pop(upload, None) is None else (204, {}, b"")
+
+
+def look(method: str, key: str, headers: dict[str, str]) -> Response:
+    there = _objects.get(key)
     if method == "DELETE":
         if there is not None and headers.get("if-match", there[2]) != there[2]:
             return 412, {}, b""
@@ -81,14 +87,12 @@ def respond(
     more = {"ETag": etag, "Last-Modified": _DATE}
     if method == "HEAD":
         return 200, {**more, "Content-Length": str(length)}, b""
-    if (wanted := re.match(r"bytes=(\d+)-(\d+)", headers.get("range", ""))) is not None:
-        first, last = int(wanted[1]), min(int(wanted[2]), length - 1)
-        return (
-            206,
-            {**more, "Content-Range": f"bytes {first}-{last}/{length}"},
-            data[first : last + 1],
-        )
-    return 200, more, data
+    wanted = re.match(r"bytes=(\d+)-(\d+)", headers.get("range", ""))
+    if wanted is None:
+        return 200, more, data
+    first, last = int(wanted[1]), min(int(wanted[2]), length - 1)
+    more["Content-Range"] = f"bytes {first}-{last}/{length}"
+    return 206, more, data[first : last + 1]
 
 
 def put(key: str, headers: dict[str, str], body: bytes, size: int) -> Response:
@@ -128,7 +132,7 @@ def listing(asked: dict[str, str]) -> bytes:
     prefix, shallow = asked["prefix"], "delimiter" in asked
     stamp = time.strftime("%Y-%m-%dT00:00:00.000Z", time.gmtime())
     out: dict[str, str] = {}
-    for key in sorted(list(_objects)):
+    for key in sorted(_objects.copy()):
         if key.startswith(prefix):
             name, slash, _ = key[len(prefix) :].partition("/")
             if shallow and slash:

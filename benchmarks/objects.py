@@ -111,20 +111,22 @@ def through_remote(port: int, size: int) -> float:
     count = max(size // PIECE, AT_ONCE)
 
     async def work() -> float:
-        async with opened_remote(spec_of(port), options=RemoteOptions()) as remote:
-            async with remote.batch() as batch:
-                left = iter(range(count))
+        async with (
+            opened_remote(spec_of(port), options=RemoteOptions()) as remote,
+            remote.batch() as batch,
+        ):
+            left = iter(range(count))
 
-                async def send() -> None:
-                    for number in left:
-                        await batch.write(f"remote/{number}", body)
+            async def send() -> None:
+                for number in left:
+                    await batch.write(f"remote/{number}", body)
 
-                began = time.perf_counter()
-                async with trio.open_nursery() as nursery:
-                    for _ in range(AT_ONCE):
-                        nursery.start_soon(send)
-                await batch.commit()
-                return count * PIECE / (time.perf_counter() - began) / 1e6
+            began = time.perf_counter()
+            async with trio.open_nursery() as nursery:
+                for _ in range(AT_ONCE):
+                    nursery.start_soon(send)
+            await batch.commit()
+            return count * PIECE / (time.perf_counter() - began) / 1e6
 
     return trio.run(work)
 
