@@ -9,6 +9,7 @@ from benchmarks import (
     listing,
     many_vms,
     nbd,
+    objects,
     restore,
     waiters,
 )
@@ -21,6 +22,7 @@ if __name__ == "__main__":
         *restore.measure(chosen),
         *incremental.measure(chosen),
         *nbd.measure(chosen),
+        *objects.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),
         *waiters.measure(chosen),

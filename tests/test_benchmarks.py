@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
         ("restore", "restore, HTTPS: whole run"),
         ("incremental", "merge of 25 % into a directory, each block"),
         ("nbd", "NBD over TLS"),
+        ("objects", "delta of 25 % to S3: transfer"),
         ("listing", "listing 40 backups of 4 VMs, cached"),
         ("waiters", "50 waiters: change to the last answer"),
     ],

@@ -273,7 +273,9 @@ class Connection:
         sock = self._socket
         if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
             return False
-        return not _poll(sock, select.POLLIN, time.monotonic() + 1e-6)
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return not poll.poll(0)
 
     @property
     def lossy(self) -> bool:

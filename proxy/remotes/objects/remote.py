@@ -293,8 +293,14 @@ class ObjectRemote:
         return RemoteInfo()
 
     async def capabilities(self) -> Mapping[str, Any]:
-        """What the store's endpoint can do; see :meth:`ObjectStore.capabilities`."""
-        return await self._store.capabilities()
+        """What the store's endpoint can do; see :meth:`ObjectStore.capabilities`.
+
+        ``lock`` says how safe locks are: ``conditional``, or ``write-then-verify`` with the window
+        that :mod:`proxy.remotes.objects.lease` tells of.
+        """
+        found = await self._store.capabilities()
+        lock = "conditional" if found.get("conditionalPut") else "write-then-verify"
+        return {**found, "lock": lock}
 
     def requests(self) -> Mapping[str, int]:
         """Requests sent since it was opened, by verb."""

@@ -707,6 +707,7 @@ async def test_capabilities_are_found_out_once_and_leave_nothing() -> None:
             "batchDelete": True,
             "objectLock": False,
             "contentMd5": False,
+            "lock": "conditional",
         }
         count = len(server.log)
         assert await remote.capabilities() == found
@@ -721,6 +722,7 @@ async def test_what_a_server_lacks_is_said() -> None:
         found = await remote.capabilities()
         wrong = {name for name, can in found.items() if not can} - {"objectLock", "contentMd5"}
         assert wrong == {"conditionalPut", "conditionalDelete", "batchDelete", "copy"}
+        assert found["lock"] == "write-then-verify"
         assert server.objects == {}
 
 
