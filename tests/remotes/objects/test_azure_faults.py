@@ -195,6 +195,21 @@ async def test_a_copy_that_failed_leaves_no_empty_blob() -> None:
     assert removal.headers["if-match"] == '"0x1"'  # nothing that somebody else wrote
 
 
+async def test_a_copy_that_makes_no_progress_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(azure, "FIRST_WAIT", 0)
+    monkeypatch.setattr(azure, "_COPY_SECONDS", 0)
+    moved = [
+        properties(copy_id="c-1", copy_status="pending", copy_progress=f"{count}/9")
+        for count in (1, 2, 3, 3)
+    ]
+    gone = refusal(404, "BlobNotFound")
+    script = Script(Answer(202, b"", PENDING), *moved, Answer(204), gone)
+    async with talking_to(script) as store:
+        with pytest.raises(Unreachable) as caught:
+            await store.copy("a", "t")
+    assert caught.value.code == "ETIMEDOUT"
+
+
 async def test_a_cancelled_copy_is_stopped_and_removed() -> None:
     log: list[tuple[str, str]] = []
     waiting = trio.Event()
@@ -305,6 +320,15 @@ async def test_a_list_with_a_gap_is_not_sent() -> None:
         await upload.send(2, b"x")
         with pytest.raises(Refused, match="lacks a part"):
             await upload.complete()
+
+
+async def test_more_blocks_than_a_blob_can_have_are_refused() -> None:
+    async with talking_to(Script()) as store:
+        upload = await store.upload("t")
+        upload._blocks = {number: ["YQ=="] for number in range(1, store.limits.most_parts + 2)}
+        with pytest.raises(Refused) as caught:
+            await upload.complete()
+    assert caught.value.code == "EFBIG"
 
 
 async def test_nothing_is_tried_out_where_it_could_not_be_removed() -> None:
