@@ -50,6 +50,7 @@ _CODES: Final[Mapping[str, tuple[type[ProxyError], str, str]]] = {
         "EPERM",
         "somebody made snapshots of the blob, which would be lost with it: remove them first",
     ),
+    "LeaseIdMissing": (Refused, "EPERM", "another program holds a lease on it"),
     "BlobArchived": (
         Refused,
         "EPERM",
