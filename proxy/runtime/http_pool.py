@@ -71,16 +71,20 @@ class HttpPool:
         known.
         """
         connection = await self._connect()
-        kept = False
+        exchange: Exchange | None = None
         try:
             exchange = await self._send(connection, method, target, headers, body)
             yield exchange
-            kept = exchange.reusable and not self._closed and len(self._idle) < _MOST_IDLE
         finally:
-            if kept:
+            # also when the caller made an error of an answer that it read to its end
+            if exchange is not None and exchange.reusable and self._has_room:
                 self._idle.append((connection, trio.current_time()))
             else:
                 connection.abort()
+
+    @property
+    def _has_room(self) -> bool:
+        return not self._closed and len(self._idle) < _MOST_IDLE
 
     def close(self) -> None:
         """Close what is idle; requests under way go on.  Idempotent."""

@@ -125,7 +125,7 @@ async def test_a_cut_export_is_refused(remote: Remote, vm_dir: Path) -> None:
 
 
 async def test_what_the_validator_refuses_leaves_nothing_on_an_object_store() -> None:
-    """Nothing has a temporary name: the bytes are looked at under the final one, without metadata."""
+    """No temporary name: the bytes are looked at under the final one, before the metadata."""
     async with opened_s3() as (remote, server):
         seen: list[tuple[str, bool]] = []
 

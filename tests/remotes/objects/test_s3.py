@@ -748,4 +748,8 @@ async def test_connections_are_kept() -> None:
         for number in range(20):
             await remote.write_file(f"{number}", b"x" * 300_000)
             await remote.read_file(f"{number}")
+            with pytest.raises(NotFound):
+                await remote.read_file("none")
+            with pytest.raises(NotFound):
+                await remote.stat("none")
         assert server.connections == before
