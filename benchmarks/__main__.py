@@ -10,6 +10,7 @@ from benchmarks import (
     listing,
     many_vms,
     nbd,
+    objects,
     restore,
     waiters,
 )
@@ -23,6 +24,7 @@ if __name__ == "__main__":
         *incremental.measure(chosen),
         *encrypted.measure(chosen),
         *nbd.measure(chosen),
+        *objects.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),
         *waiters.measure(chosen),

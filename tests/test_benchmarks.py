@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ("incremental", "merge of 25 % into a directory, each block"),
         ("encrypted", "key backup to a directory: export, gcm"),
         ("nbd", "NBD over TLS"),
+        ("objects", "delta of 25 % to S3: transfer"),
         ("listing", "listing 40 backups of 4 VMs, cached"),
         ("waiters", "50 waiters: change to the last answer"),
     ],

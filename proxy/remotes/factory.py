@@ -11,9 +11,20 @@ from proxy.errors import NotFound, Refused
 from proxy.remotes.bounds import Bounded
 from proxy.remotes.local import LocalRemote
 from proxy.remotes.network import open_nfs, open_smb
+from proxy.remotes.objects.azure_opening import open_azure
+from proxy.remotes.objects.opening import open_s3
 from proxy.remotes.retry import Retry, Told
 from proxy.remotes.unlocking import key_of, unlocked
-from proxy.remotes.url import FileUrl, NfsUrl, SmbUrl, parse_url, refuse_placeholder
+from proxy.remotes.url import (
+    AzureUrl,
+    FileUrl,
+    NfsUrl,
+    S3Url,
+    SmbUrl,
+    parse_url,
+    refuse_placeholder,
+)
+from proxy.remotes.wrapper import tries_again
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.secrets import remember_in
 from proxy.runtime.threads import Work, in_thread
@@ -36,7 +47,7 @@ class RemoteOptions:
     mounts_dir: str = "/run/xo-proxy/mounts"
     directory_mode: int = 0o700
     open_seconds: float = 30
-    """How long a file system may take to answer when a remote is opened."""
+    """How long a file system or a store may take to answer when a remote is opened."""
     mount_seconds: float = 45
     """How long ``mount`` may take."""
     use_sudo: bool = False
@@ -50,15 +61,17 @@ class RemoteOptions:
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
     """Open what ``spec`` describes: ``{url, options?, id?, name?, …}`` as XO stores it.
 
-    Its root is made when missing, and checked.  The caller owns the result and calls
-    ``aclose``; :func:`opened_remote` does both.  On cancel nothing stays open.
+    Its root is made when missing (an Azure container too, a bucket is not), and checked.  The
+    caller owns the result and calls ``aclose``; :func:`opened_remote` does both.  On cancel
+    nothing stays open.
 
     An encrypted one is opened by its ``encryptionKey`` (:func:`proxy.remotes.unlocking.unlocked`
     says what it raises), and an empty one is set up for it.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
-    the errno of a root that cannot be used.
+    the errno of a root that cannot be used.  Of an object store ``Unreachable`` (``ENOBUCKET``)
+    and ``Unauthorized`` too, with the URL's part that is wrong in ``data.part``.
     """
     url = spec.get("url")
     if not isinstance(url, str):
@@ -82,18 +95,17 @@ async def _open_storage(
     parsed: RemoteUrl, merged: Mapping[str, Any], options: RemoteOptions
 ) -> Remote:
     """Whatever is encrypted in it stays so."""
-    if not isinstance(parsed, FileUrl | NfsUrl | SmbUrl):
-        raise Refused(
-            f"remotes of type '{parsed.type}' are not supported",
-            code="ENOTSUP",
-            data={"type": parsed.type, "supported": ["file", "nfs", "smb"]},
-        )
     if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
     if isinstance(parsed, NfsUrl):
         return await open_nfs(parsed, merged, options)
     if isinstance(parsed, SmbUrl):
         return await open_smb(parsed, merged, options)
+    waits = {"seconds": options.operation_seconds, "open_seconds": options.open_seconds}
+    if isinstance(parsed, S3Url):
+        return await open_s3(parsed, merged, **waits)
+    if isinstance(parsed, AzureUrl):
+        return await open_azure(parsed, merged, **waits)
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,
@@ -138,7 +150,7 @@ async def opened_remote(
     remote = await open_remote(spec, options=options)
     try:
         yield Bounded(
-            Retry(remote, told=Told(remote.url)),
+            remote if tries_again(remote) else Retry(remote, told=Told(remote.url)),
             at_once=options.parallel_operations,
             seconds=options.operation_seconds,
         )

@@ -24,19 +24,17 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import stat
 import threading
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from proxy.errors import Busy, ProxyError, Refused, Unreachable
 from proxy.remotes import paths
+from proxy.remotes.holding import Holder, held, ourselves, parse_record
 from proxy.remotes.syscalls import rename_no_replace
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import SHARED, Threads, Work
@@ -64,31 +62,6 @@ _left_behind: set[tuple[int, int, int]] = set()
 """The identities of locks of this process that nobody holds but that could not be removed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a lock.  ``boot`` and ``namespace`` say where ``pid`` means something."""
-
-    host: str
-    pid: int
-    started: int
-    """Start of the process in clock ticks since boot: tells a reused pid."""
-    boot: str
-    namespace: int
-    owner: str
-    since: float
-
-    def __str__(self) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since))
-        return f"{self.owner} (process {self.pid} on {self.host}) since {when}"
-
-    def is_dead(self) -> bool:
-        """True only where this machine can know it."""
-        here = _ourselves()
-        if (self.boot, self.namespace) != (here["boot"], here["namespace"]):
-            return False
-        return _start_of(self.pid) != self.started
-
-
 @contextlib.asynccontextmanager
 async def hold(
     root: Root, path: str, *, owner: str, wait: float = 0, threads: Threads = SHARED
@@ -98,36 +71,8 @@ async def hold(
     When the lock is lost the block is cancelled and ``Busy`` raised in its place.  Deciding
     that an apparently abandoned lock is stale may take :data:`STALE_SECONDS` beyond ``wait``.
     """
-    lock = DirectoryLock(root, path, owner, threads)
-    failure: BaseException | None = None
-    try:
-        await lock.acquire(wait)
-        body = trio.CancelScope()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(lock.keep_fresh, body)
-            try:
-                with body:
-                    yield lock
-            except BaseException as error:  # noqa: BLE001 (raised below, out of the nursery's group)
-                failure = error
-            nursery.cancel_scope.cancel()
-    finally:
-        await _release(lock)
-        if failure is not None:
-            raise failure
-    if lock.lost is not None:
-        raise lock.lost
-
-
-async def _release(lock: DirectoryLock) -> None:
-    try:
-        with undo_within(f"releasing the lock of '{lock.path}'", _RELEASE_SECONDS):
-            # abandoned on a remote that hangs: it removes only what is ours
-            await lock.threads.end(lock.release, Work.LOCK)
-    except ProxyError as error:
-        # what was done under it is done; the next run of ours need not wait until it is stale
-        _left_behind.add(lock.identity)
-        tell_trouble("lock not released", error, path=lock.path)
+    async with held(DirectoryLock(root, path, owner, threads), wait) as lock:
+        yield lock
 
 
 class DirectoryLock:
@@ -294,6 +239,17 @@ class DirectoryLock:
 
     # -- keeping
 
+    async def end(self) -> None:
+        """Remove the lock if it is ours; a failure is told, not raised."""
+        try:
+            with undo_within(f"releasing the lock of '{self.path}'", _RELEASE_SECONDS):
+                # abandoned on a remote that hangs: it removes only what is ours
+                await self.threads.end(self.release, Work.LOCK)
+        except ProxyError as error:
+            # what was done under it is done; the next run of ours need not wait until it is stale
+            _left_behind.add(self.identity)
+            tell_trouble("lock not released", error, path=self.path)
+
     async def keep_fresh(self, body: trio.CancelScope) -> None:
         """Refresh until cancelled; on loss remember why and cancel ``body``."""
         pause = REFRESH_SECONDS
@@ -401,7 +357,7 @@ class DirectoryLock:
 
     def _write_record(self, here: int) -> None:
         with contextlib.suppress(OSError):  # only information: no reason to fail a backup
-            record = Holder(**_ourselves(), owner=self._owner, since=self._mtime_ns / 1e9)
+            record = Holder(**ourselves(), owner=self._owner, since=self._mtime_ns / 1e9)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._record_name, dir_fd=here)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -422,7 +378,7 @@ class DirectoryLock:
             status = os.fstat(descriptor)
             if abs(status.st_mtime_ns - lock.st_mtime_ns) > _MTIME_TOLERANCE * 1e9:
                 return None
-            return _parse_record(os.read(descriptor, _LONGEST_RECORD))
+            return parse_record(os.read(descriptor, _LONGEST_RECORD))
         except OSError:
             return None
         finally:
@@ -439,47 +395,3 @@ class _Seen:
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-def _parse_record(text: bytes) -> Holder | None:
-    """``None`` for anything that is not a record: anybody may write on a remote."""
-    try:
-        value: dict[str, Any] = json.loads(text)
-        return Holder(
-            host=str(value["host"])[:255],
-            pid=int(value["pid"]),
-            started=int(value["started"]),
-            boot=str(value["boot"])[:64],
-            namespace=int(value["namespace"]),
-            owner=str(value["owner"])[:255],
-            since=float(value["since"]),
-        )
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        return None
-
-
-@cache
-def _ourselves() -> dict[str, Any]:
-    pid = os.getpid()
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        boot, namespace = "", 0
-    return {
-        "host": socket.gethostname(),
-        "pid": pid,
-        "started": _start_of(pid) or 0,
-        "boot": boot,
-        "namespace": namespace,
-    }
-
-
-def _start_of(pid: int) -> int | None:
-    """When the process started, ``None`` when there is none."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # the command's name stands in parentheses and may hold anything
-    return int(status.rpartition(")")[2].split()[19])

@@ -80,6 +80,14 @@ def requests_of(remote: Remote) -> Mapping[str, int]:
     return {} if asked is None else asked()
 
 
+def tries_again(remote: Remote) -> bool:
+    """Whether a remote itself repeats what fails for a reason that passes: one try in another
+    would multiply the waits."""
+    while isinstance(remote, Wrapper):
+        remote = remote.inner
+    return getattr(remote, "tries_again", False)
+
+
 async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
     """Of each file, whether the storage refuses to change it *now*: tried, and without effect.
 

@@ -28,8 +28,14 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
     """Look at the VDI directory ``directory``.
 
     An error of the listing is raised; one of a disk, an alias or a state is in the answer.
+    A directory that is missing holds nothing: object stores have no empty ones.
     """
-    entries = await remote.list(directory)
+    try:
+        entries = await remote.list(directory)
+    except NotFound as error:
+        if error.code != "ENOENT":
+            raise
+        entries = []
     names = [entry.name for entry in entries]
     merges = await read_states(remote, directory, names)
     states = {disk: each for disk, each in merges.items() if isinstance(each, MergeState)}

@@ -1,28 +1,35 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from moto.server import ThreadedMotoServer
 
 from proxy.formats.encrypted import Algorithm, FileCipher
 from proxy.remotes import RemoteOptions, open_remote
 from proxy.remotes.encryption import Encrypted
 from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
+from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.recording import Recording
 from proxy.remotes.retry import Retry
-from tests.remotes.server import Server, serving
+from proxy.remotes.wrapper import Wrapper
+from tests.remotes import server as file_server
+from tests.remotes.objects.fake_s3 import FakeS3, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from proxy.remotes import Remote
+    from tests.azurite import Azurite
 
 OPTIONS = RemoteOptions(disable_file_remotes=False)
 
-# Backends by name: a URL on a fresh directory.  Object stores join here.
+# Backends by name: a URL on a fresh directory.
 BACKENDS: dict[str, Callable[[Path], str]] = {
     "local": lambda root: f"file://{root}",
     "immutable": lambda root: f"file://{root}?immutable=true",
@@ -30,6 +37,12 @@ BACKENDS: dict[str, Callable[[Path], str]] = {
     "smb": lambda root: "smb://user:pass@DOMAIN\\\\server\\share\0" + str(root).replace("/", "\\"),
 }
 MOUNTED = ("nfs", "smb")
+# Object stores by name: a server of our own that lacks this or that, and moto's.
+STORES: dict[str, Callable[[], FakeS3]] = {
+    "s3": lambda: FakeS3(page=7),
+    "s3-poor": lambda: FakeS3(conditions=False, conditional_delete=False, batches=False),
+    "s3-locked": lambda: FakeS3(lock="Enabled"),
+}
 WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
     "retry": Retry,
     "faults": Faults,
@@ -52,6 +65,9 @@ STACKS = [
     ("local", "cbc"),
     ("immutable", "chacha"),
     ("local", "recording", "gcm", "faults", "retry", "metrics"),
+    *((name,) for name in STORES),
+    ("moto",),
+    ("azurite",),
 ]
 
 
@@ -73,21 +89,69 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "remote"
 
 
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """The address of a moto server with a bucket named ``bucket``."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        request = urllib.request.Request(
+            f"http://{host}:{port}/bucket",
+            method="PUT",
+            headers={
+                "Authorization": "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request,"
+            },
+        )
+        urllib.request.urlopen(request).close()
+        yield f"{host}:{port}"
+    finally:
+        server.stop()
+
+
 @pytest.fixture(params=STACKS, ids="+".join)
 async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Remote]:
     """Every backend and every wrapper, for what holds on all of them."""
     backend, *wrappers = request.param
     options = OPTIONS
-    if backend in MOUNTED:
-        options = request.getfixturevalue("server").options
-    async with opened(BACKENDS[backend](root), *wrappers, options=options) as built:
-        yield built
+    async with contextlib.AsyncExitStack() as stack:
+        if backend in MOUNTED:
+            options = request.getfixturevalue("server").options
+        if backend in STORES:
+            fake = await stack.enter_async_context(serving(STORES[backend]()))
+            url = fake.url("some dir/é")
+        elif backend == "moto":
+            moto = request.getfixturevalue("moto")
+            url = f"s3+http://key:secretkey@{moto}/bucket/{secrets.token_hex(8)}"
+        elif backend == "azurite":
+            emulator: Azurite = request.getfixturevalue("azurite")
+            url = emulator.url(f"/cont/some dir/é/{secrets.token_hex(8)}")
+        else:
+            url = BACKENDS[backend](root)
+        yield await stack.enter_async_context(opened(url, *wrappers, options=options))
+
+
+def innermost(remote: Remote) -> Remote:
+    while isinstance(remote, Wrapper):
+        remote = remote.inner
+    return remote
+
+
+def is_flat(remote: Remote) -> bool:
+    """Whether the remote is an object store: no empty directories, no name that is refused
+    because it is a file or a directory, no bytes before the commit, no change in place."""
+    return isinstance(innermost(remote), ObjectRemote)
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def flat(remote: Remote) -> bool:
+    return is_flat(remote)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[file_server.Server]:
     """A file server that `mount` finds, here by bind mounts; nothing stays mounted."""
-    with serving(tmp_path, monkeypatch) as found:
+    with file_server.serving(tmp_path, monkeypatch) as found:
         yield found
 
 
