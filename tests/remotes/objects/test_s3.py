@@ -19,13 +19,12 @@ from proxy.errors import (
     Unreachable,
 )
 from proxy.remotes import RemoteOptions, open_remote, opened_remote
-from proxy.remotes.objects.retrying import WAITS
 from proxy.remotes.objects.s3 import S3Store
 from proxy.remotes.objects.s3_client import S3Client
 from proxy.remotes.objects.s3_endpoint import S3Endpoint
 from proxy.remotes.url import S3Url, parse_url
 from tests.remotes.conftest import OPTIONS
-from tests.remotes.objects.conftest import opened_s3
+from tests.remotes.objects.conftest import TRIES, opened_s3
 from tests.remotes.objects.fake_s3 import Answer, FakeS3, serving
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -277,7 +276,7 @@ async def test_a_torn_body_is_read_again_and_a_reader_goes_on_after_an_error() -
             piece = memoryview(bytearray(1_000_000))
             while True:
                 if len(got) == 1_000_000 and not failures:
-                    server.fail("get", torn=5, times=(len(WAITS) + 1) * 5)
+                    server.fail("get", torn=5, times=TRIES * 5)
                 try:
                     count = await file.read_into(piece)
                 except Unreachable:
@@ -488,7 +487,7 @@ async def test_a_store_that_stays_away_is_an_error_after_all_tries() -> None:
         server.fail("get", times=99, status=503, code="SlowDown")
         with pytest.raises(Unreachable, match="go slower"):
             await remote.read_file("f")
-        assert server.verbs().count("get") == len(WAITS) + 1
+        assert server.verbs().count("get") == TRIES
 
 
 @pytest.mark.parametrize("verb", ["copy", "complete"])
