@@ -148,7 +148,8 @@ async def test_a_server_that_is_not_there_is_unreachable() -> None:
         await open_remote({"url": "s3+http://k:s@127.0.0.1:1/b"}, options=OPTIONS)
 
 
-async def test_a_silent_server_is_given_up() -> None:
+async def test_weakness_5_a_silent_server_is_given_up_after_the_configured_time() -> None:
+    """Upstream ignores its setting: a call hangs for 20 minutes, six times."""
     async with serving(FakeS3()) as server:
         server.fail("object-lock", times=99, waits=trio.Event())
         options = RemoteOptions(inactivity_seconds=0.05)
@@ -474,7 +475,8 @@ async def test_what_passes_is_tried_again_with_one_effect(verb: str, fault: dict
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405])
 @pytest.mark.parametrize("verb", ["get", "put", "list"])
-async def test_what_does_not_pass_is_asked_once(verb: str, status: int) -> None:
+async def test_weakness_6_what_does_not_pass_is_asked_once(verb: str, status: int) -> None:
+    """Upstream repeats whatever it does not know, refusals and its own bugs as well."""
     async with opened_s3() as (remote, server):
         server.fail(verb, times=99, status=status)
         with pytest.raises((Unauthorized, NotFound, Refused)):
