@@ -53,7 +53,7 @@ def spec_of(port: int) -> dict[str, str]:
 
 
 def measure(chosen: Options) -> list[Figures]:
-    size = (64 if chosen.quick else 1024) * MIB
+    size = (32 if chosen.quick else 1024) * MIB
     alone = Figures("objects of 2 MiB through the S3 remote, 4 at a time", "MB/s")
     read = Figures("an object of 128 KiB read through the S3 remote", "ms")
     key = Figures("key backup to S3: export", "MB/s")

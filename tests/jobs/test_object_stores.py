@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import trio
 
-from proxy.remotes.objects import lease
+from proxy.remotes.objects import lease, retrying
 from proxy.repository import delete_backups
 from proxy.simulator import SimulatedPool
-from tests.remotes.objects.fake_s3 import FakeS3, serving
+from tests.remotes.objects.fake_s3 import FakeS3, Request, serving
 
 from .conftest import House, explained, open_house
 from .test_incremental_backup import MIB, back_up, change, digests, restored
@@ -110,3 +110,60 @@ async def test_a_cancelled_full_backup_leaves_nothing(tmp_path: Path) -> None:
         await house.services.wait_idle()
         untouched(house, server)
         assert house.files() == []
+
+
+async def test_a_bucket_with_object_lock_gets_backups_that_nothing_replaces(
+    tmp_path: Path,
+) -> None:
+    async with house_on(tmp_path, {"lock": "Enabled"}) as (house, server):
+        for number in range(2):
+            change(house, number, number + 1)
+            outcome = await back_up(house, exportRetention=5)
+            assert outcome.status == "success", outcome.snapshot
+        shown(house, server)
+        assert len(house.backups()) == 2
+        assert statuses(await verified(house, "remote1", level="read")) == ["ok", "ok"]
+        written = [request.key for request in server.log if request.verb in ("put", "copy")]
+        twice = {key for key in written if written.count(key) > 1 and not key.endswith(".lock")}
+        assert {key for key in twice if "probe" not in key} == set()
+
+
+CHANGES = ("put", "copy", "delete", "batch", "begin", "part", "complete")
+
+
+@pytest.mark.parametrize("steps", [(3, 30), (12, 36)])
+async def test_a_store_that_goes_away_at_any_change_loses_no_backup(
+    tmp_path: Path, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every backup that is listed can be read whole, and the next run goes on."""
+    waits = {"waits": (0.01, 0.01)}
+    monkeypatch.setattr(retrying.RetryingStore.__init__, "__kwdefaults__", waits)
+    async with house_on(tmp_path, STORES["s3"]) as (house, server):
+        for number in range(2):
+            change(house, number, number + 1)
+            assert (await back_up(house, exportRetention=2)).status == "success"
+        for step in steps:
+            left = step
+
+            def gone(request: Request) -> bool:
+                nonlocal left
+                left -= request.verb in CHANGES
+                return left < 0
+
+            change(house, 5, step)
+            server.fail("*", times=10_000, status=500, code="InternalError", when=gone)
+            outcome = await back_up(house, exportRetention=2)
+            assert left < 0, "it was not reached"
+            server.faults.clear()
+            found = statuses(await verified(house, "remote1", level="read"))
+            assert len(found) >= 2, outcome.snapshot
+            assert set(found) == {"ok"}
+            change(house, 6, step)
+            point = digests(house)
+            outcome = await back_up(house, exportRetention=2)
+            assert outcome.status == "success", outcome.snapshot
+            shown(house, server)
+            assert await restored(house, house.backups()[-1]) == point
+        # checksums of what an interrupted merge made are not known, so they are not stored
+        assert set(house.files()) - explained(house.folder()) == set()
+        assert server.uploads == {}

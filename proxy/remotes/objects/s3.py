@@ -187,7 +187,7 @@ class S3Store:
                 "POST",
                 "POST",
                 None,
-                doing="removing",
+                doing=f"removing {len(sendable)} objects from '{sendable[0]}' on, in",
                 query=[("delete", "")],
                 headers={"content-md5": "", "content-type": "application/xml"},
                 body=s3_xml.delete_request(sendable),

@@ -104,14 +104,19 @@ class S3Client:
         async with self.open(
             verb, method, key, query=query, headers=headers, body=body, digest=digest
         ) as exchange:
-            await raise_for(exchange, doing, key or "")
+            path = self._about(key, query)
+            await raise_for(exchange, doing, path)
             content = await exchange.read_all(s3_xml.LARGEST)
             if content is None:
                 raise Corrupt(
-                    f"the answer has more than {s3_xml.LARGEST} bytes, {doing} '{key or ''}'",
-                    data={"path": key or "", "limit": s3_xml.LARGEST},
+                    f"the answer has more than {s3_xml.LARGEST} bytes, {doing} '{path}'",
+                    data={"path": path, "limit": s3_xml.LARGEST},
                 )
             return exchange.headers, content
+
+    def _about(self, key: str | None, query: Sequence[tuple[str, str]]) -> str:
+        """What a request is about, for messages."""
+        return key or dict(query).get("prefix") or self.endpoint.bucket
 
 
 async def raise_for(exchange: Exchange, doing: str, path: str) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +12,8 @@ from proxy.remotes.objects.remote import ObjectRemote
 from tests.remotes.conftest import OPTIONS
 from tests.remotes.objects.fake_s3 import FakeS3, serving
 
-Opening = Callable[..., AbstractAsyncContextManager[tuple[ObjectRemote, FakeS3]]]
+TRIES = 3
+"""Of one request in these tests."""
 
 
 @asynccontextmanager
@@ -33,5 +34,5 @@ async def opened_s3(
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries wait for a moment only."""
-    waits = tuple(0.01 for _ in retrying.WAITS)
+    waits = (0.01,) * (TRIES - 1)
     monkeypatch.setattr(retrying.RetryingStore.__init__, "__kwdefaults__", {"waits": waits})
