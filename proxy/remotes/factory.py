@@ -95,8 +95,6 @@ async def _open_storage(
     parsed: RemoteUrl, merged: Mapping[str, Any], options: RemoteOptions
 ) -> Remote:
     """Whatever is encrypted in it stays so."""
-    if isinstance(parsed, FileUrl) and options.disable_file_remotes:
-        raise Refused("Local remotes are disabled in proxies", code="EPERM")
     if isinstance(parsed, NfsUrl):
         return await open_nfs(parsed, merged, options)
     if isinstance(parsed, SmbUrl):
@@ -106,6 +104,9 @@ async def _open_storage(
         return await open_s3(parsed, merged, **waits)
     if isinstance(parsed, AzureUrl):
         return await open_azure(parsed, merged, **waits)
+    assert isinstance(parsed, FileUrl)
+    if options.disable_file_remotes:
+        raise Refused("Local remotes are disabled in proxies", code="EPERM")
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,

@@ -152,7 +152,7 @@ async def test_weakness_5_a_silent_server_is_given_up_after_the_configured_time(
     """Upstream ignores its setting: a call hangs for 20 minutes, six times."""
     async with serving(FakeS3()) as server:
         server.fail("object-lock", times=99, waits=trio.Event())
-        options = RemoteOptions(inactivity_seconds=0.05)
+        options = RemoteOptions(operation_seconds=0.05)
         started = time.monotonic()
         with pytest.raises(Unreachable, match="nothing happened"):
             await open_remote({"url": server.url()}, options=options)
