@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Refused
 from proxy.remotes.local import LocalRemote
-from proxy.remotes.url import FileUrl, parse_url
+from proxy.remotes.smb.remote import open_smb_client
+from proxy.remotes.url import FileUrl, SmbUrl, parse_url
 from proxy.runtime.secrets import remember_in
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     remember_in(dict(spec))
     # upstream merges the record under the URL: what the URL says wins
     merged = {**spec, **parsed.options}
-    if not isinstance(parsed, FileUrl):
+    if not isinstance(parsed, FileUrl | SmbUrl):
         raise Refused(
-            f"remotes of type '{parsed.type}' are not supported: only 'file' is",
+            f"remotes of type '{parsed.type}' are not supported: only 'file' and 'smb' are",
             code="ENOTSUP",
-            data={"type": parsed.type, "supported": ["file"]},
+            data={"type": parsed.type, "supported": ["file", "smb"]},
         )
-    if options.disable_file_remotes:
+    if isinstance(parsed, FileUrl) and options.disable_file_remotes:
         raise Refused("Local remotes are disabled in proxies", code="EPERM")
     if merged.get("encryptionKey"):
         raise Refused(
@@ -60,6 +61,8 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
             code="ENOTSUP",
             data={"option": "encryptionKey"},
         )
+    if isinstance(parsed, SmbUrl):
+        return await open_smb_client(parsed, merged, seconds=options.open_seconds)
     return await LocalRemote.open(
         parsed.path,
         url=parsed.public,

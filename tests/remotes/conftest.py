@@ -10,9 +10,10 @@ from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
 from proxy.remotes.recording import Recording
 from proxy.remotes.retry import Retry
+from tests.remotes.samba import Samba, started, why_not
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from proxy.remotes import Remote
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 OPTIONS = RemoteOptions(disable_file_remotes=False)
 
 # Backends by name: a URL on a fresh directory.  Object stores join here.
-BACKENDS: dict[str, Callable[[Path], str]] = {
-    "local": lambda root: f"file://{root}",
-    "immutable": lambda root: f"file://{root}?immutable=true",
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest, Path], str]] = {
+    "local": lambda _, root: f"file://{root}",
+    "immutable": lambda _, root: f"file://{root}?immutable=true",
+    "smb": lambda request, root: served(request).url(root),
+    "smb-immutable": lambda request, root: served(request).url(root, query="&immutable=true"),
 }
 WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
     "retry": Retry,
@@ -33,6 +36,8 @@ WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
 STACKS = [
     ("local",),
     ("immutable",),
+    ("smb",),
+    ("smb-immutable",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
 ]
@@ -49,6 +54,21 @@ async def opened(url: str, *wrappers: str, **record: Any) -> AsyncIterator[Remot
         await remote.aclose()
 
 
+@pytest.fixture(scope="session")
+def samba(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samba]:
+    """One server for all tests, whose shares are the folder of all their directories."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with started(tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+def served(request: pytest.FixtureRequest) -> Samba:
+    server: Samba = request.getfixturevalue("samba")
+    return server
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "remote"
@@ -58,7 +78,7 @@ def root(tmp_path: Path) -> Path:
 async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Remote]:
     """Every backend and every wrapper, for what holds on all of them."""
     backend, *wrappers = request.param
-    async with opened(BACKENDS[backend](root), *wrappers) as built:
+    async with opened(BACKENDS[backend](request, root), *wrappers) as built:
         yield built
 
 
