@@ -146,6 +146,7 @@ def _configuration(home: Path, root: Path, port: int, user: str, extra: dict[str
         "map to guest": "bad user",
         "guest account": user,
         "follow symlinks": "no",
+        "strict sync": "no",  # what a flush costs on the disk is not what is tested
         **kept,
         **{name.replace("_", " "): value for name, value in extra.items()},
     }

@@ -1,5 +1,4 @@
 import threading
-from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -11,8 +10,11 @@ class SigningAlgorithms:
     AES_CMAC: int
     AES_GMAC: int
 
+class Ciphers:
+    AES_128_GCM: int
+    AES_256_GCM: int
+
 class Request:
-    response: Structure | None
     response_event: threading.Event
 
 class Connection:
@@ -26,6 +28,9 @@ class Connection:
     session_table: dict[int, Session]
     outstanding_requests: dict[int, Request]
     sequence_window: dict[str, int]
+    sequence_lock: threading.Lock
+    signing_algorithm_id: int | None
+    cipher_id: int | None
     _receive_timeout: int
     _t_exc: Exception | None
     _t_worker: threading.Thread | None
@@ -41,25 +46,9 @@ class Connection:
         preferred_signing_algos: list[int] | None = ...,
     ) -> None: ...
     def disconnect(self, close: bool = ..., timeout: float | None = ...) -> None: ...
-    def receive(
-        self,
-        request: Request,
-        wait: bool = ...,
-        timeout: float | None = ...,
-        resolve_symlinks: bool = ...,
-    ) -> Structure: ...
     def echo(self, sid: int = ..., timeout: float = ..., credit_request: int = ...) -> int: ...
     def verify_signature(self, header: Structure, session_id: int, force: bool = ...) -> None: ...
-    def _calculate_credit_charge(self, message: Any) -> int: ...
     def _process_message_thread(self) -> None: ...
-    def _send(
-        self,
-        messages: Sequence[Any],
-        session_id: int | None = ...,
-        tree_id: int | None = ...,
-        message_id: int | None = ...,
-        credit_request: int | None = ...,
-        related: bool = ...,
-        async_id: int | None = ...,
-        force_signature: bool = ...,
-    ) -> list[Request]: ...
+    def _generate_signature(
+        self, b_header: bytes, signing_key: bytes, message_id: int, response: bool, command: int
+    ) -> bytes: ...

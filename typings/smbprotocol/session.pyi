@@ -7,6 +7,8 @@ class Session:
     signing_required: bool
     encrypt_data: bool | None
     signing_key: bytes | None
+    encryption_key: bytes | None
+    decryption_key: bytes | None
     password: str | None
 
     def __init__(

@@ -1,19 +1,17 @@
 """One logged-in connection to a share: the only place that knows :mod:`smbprotocol`.  Blocks.
 
-The library does negotiation, login, signing, encryption and the counting of credits, one thread
-of its own per connection.  What it does otherwise than a daemon of backups needs is set right
-here, each with its reason: its socket (:class:`Transport`), and in :class:`_Connection` that it
-takes unsigned answers, refuses requests for which credits are still on their way, and can
-leave callers waiting when its thread dies.
+The library negotiates, logs in and derives the keys, and receives in one thread of its own per
+connection.  Its socket is ours (:mod:`proxy.remotes.smb.transport`); so are the messages after the
+login, which it would spend ten times as long on, refuse while credits are on their way, take
+without a signature, and leave waiting when its thread dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hmac
 import logging
 import os
-import select
 import socket
 import struct
 import threading
@@ -22,10 +20,13 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from cryptography.hazmat.primitives import cmac
+from cryptography.hazmat.primitives.ciphers import algorithms
+from cryptography.hazmat.primitives.ciphers.aead import AESCCM, AESGCM
 from smbprotocol import Dialects
-from smbprotocol.connection import Connection, SigningAlgorithms
+from smbprotocol.connection import Ciphers, Connection, SigningAlgorithms
 from smbprotocol.exceptions import SMBAuthenticationError, SMBException, SMBResponseException
-from smbprotocol.header import Commands, Smb2Flags
+from smbprotocol.header import Commands
 from smbprotocol.session import Session
 from smbprotocol.tree import TreeConnect
 
@@ -33,28 +34,41 @@ from proxy.errors import NotFound, ProxyError, Refused, Unauthorized, Unreachabl
 from proxy.remotes.smb import status
 from proxy.remotes.smb.options import SMALLEST_DIALECT, SmbOptions, limited
 from proxy.remotes.smb.status import StatusError, from_status
-from proxy.remotes.smb.wire import PAYLOAD_OF_A_CREDIT, Message
+from proxy.remotes.smb.transport import CALL_SECONDS, CONNECT_SECONDS, Transport
+from proxy.remotes.smb.wire import (
+    COMPRESSED,
+    ENCRYPTED,
+    HEADER_SIZE,
+    PAYLOAD_OF_A_CREDIT,
+    SIGNATURE,
+    SIGNED,
+    Body,
+    Header,
+    Message,
+    packed,
+    parse_header,
+)
 from proxy.runtime.secrets import scrub_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from smbprotocol.connection import Request
     from smbprotocol.structure import Structure
 
-CONNECT_SECONDS: Final = 15.0
-CALL_SECONDS: Final = 60.0
-"""For one answer; a server that needs longer, as to flush, says so and gets more."""
 FLUSH_SECONDS: Final = 600.0
+"""For one answer to a flush of a large file."""
 IDLE_SECONDS: Final = 60
 """After this silence the server is asked whether it lives; after as much again it is dead."""
 _CLOSE_SECONDS: Final = 2.0
 _CREDITS: Final = 512
 """Asked for at once: 32 MiB on their way, where the server grants them."""
-_LARGEST_ANSWER: Final = 9 * 1024 * 1024
+_LISTING: Final = 256 * 1024
 _PENDING: Final = 0x103
-_NOBODYS: Final = 0xFFFF_FFFF_FFFF_FFFF
 _BAD_NETWORK_NAME: Final = 0xC000_00CC
+_GMAC: Final = SigningAlgorithms.AES_GMAC
+_GCM: Final = (Ciphers.AES_128_GCM, Ciphers.AES_256_GCM)
+_TRANSFORM = struct.Struct("<4s16s16sIHHQ")
+_AUTHENTICATED: Final = slice(20, 52)
 
 for _name in ("smbprotocol", "spnego"):
     # They log salts, keys and whole messages; what goes wrong reaches us as an exception.
@@ -73,137 +87,33 @@ class Login:
     options: SmbOptions
 
 
-class Transport:
-    """The socket under a connection, in place of the library's own.
+class Pending:
+    """A message whose answer is waited for."""
 
-    That one blocks for good in a send to a dead server and cannot be closed meanwhile, waits
-    with ``select``, which fails from the 1,024th descriptor on, and copies each message
-    three times.
-    """
+    __slots__ = ("body", "command", "event", "message_id", "status")
 
-    def __init__(self, address: str, port: int) -> None:
-        self.connected = False
-        self._address = address
-        self._port = port
-        self._socket: socket.socket | None = None
-        self._sending = threading.Lock()
-        self._is_aborted = False
-
-    def connect(self) -> None:
-        until = time.monotonic() + CONNECT_SECONDS
-        found = socket.getaddrinfo(self._address, self._port, type=socket.SOCK_STREAM)
-        failure: OSError = TimeoutError("no address answers")
-        for family, kind, protocol, _, address in found:
-            connected = socket.socket(family, kind, protocol)
-            try:
-                self._reach(connected, address, until)
-                connected.setblocking(True)
-                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connected.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(CALL_SECONDS * 1000)
-                )
-            except OSError as error:
-                connected.close()
-                failure = error
-            else:
-                self._socket, self.connected = connected, True
-                return
-        raise failure
-
-    def _reach(self, connected: socket.socket, address: Any, until: float) -> None:
-        """In steps, so that :meth:`abort` is heard."""
-        connected.setblocking(False)
-        number = connected.connect_ex(address)
-        if number != errno.EINPROGRESS:
-            if number:
-                raise OSError(number, os.strerror(number))
-            return
-        poll = select.poll()
-        poll.register(connected, select.POLLOUT)
-        while not poll.poll(100):
-            if self._is_aborted:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "given up")
-            if time.monotonic() >= until:
-                raise TimeoutError("the server does not answer")
-        number = connected.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number:
-            raise OSError(number, os.strerror(number))
-
-    def close(self) -> None:
-        """End it, whoever is sending or receiving.  Idempotent, never waits."""
-        self.connected = False
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # ended already
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def abort(self) -> None:
-        """As :meth:`close`, and throw away what is still to be sent; also while connecting."""
-        self._is_aborted = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.close()
-
-    def release(self) -> None:
-        """Give the descriptor back; for the receiving thread at its end, or without one."""
-        self.close()
-        with self._sending:  # a number in use must not become somebody else's file
-            if self._socket is not None:
-                self._socket.close()
-
-    def send(self, message: Any) -> None:
-        if not isinstance(message, bytes):  # encrypted, not packed yet
-            message = message.pack()
-        with self._sending:
-            if self._socket is None or not self.connected:
-                raise ConnectionResetError("closed")
-            parts = [struct.pack(">I", len(message)), message]
-            sent = self._socket.sendmsg(parts)
-            rest = memoryview(message)[max(0, sent - 4) :]
-            if sent < 4:
-                raise ConnectionResetError("the socket took no four bytes")
-            if rest:
-                self._socket.sendall(rest)
-
-    def recv(self, timeout: float) -> bytes:
-        """The next message, ``b""`` at the end; ``TimeoutError`` when there is none in time."""
-        assert self._socket is not None, "not connected"
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if not poll.poll(timeout * 1000):
-            raise TimeoutError
-        head = self._receive(4)
-        if len(head) < 4:
-            return b""
-        (length,) = struct.unpack(">I", head)
-        if length > _LARGEST_ANSWER:
-            raise ValueError(f"the server announces a message of {length} bytes")
-        message = self._receive(length)
-        return message if len(message) == length else b""
-
-    def _receive(self, length: int) -> bytes:
-        assert self._socket is not None, "not connected"
-        try:
-            first = self._socket.recv(length, socket.MSG_WAITALL)
-            if len(first) == length:
-                return first
-            parts, missing = [first], length - len(first)
-            while missing and parts[-1]:
-                parts.append(self._socket.recv(missing, socket.MSG_WAITALL))
-                missing -= len(parts[-1])
-            return b"".join(parts)
-        except OSError:
-            return b""
+    def __init__(self, message_id: int, command: int) -> None:
+        self.message_id = message_id
+        self.command = command
+        self.event = threading.Event()
+        self.status: int | None = None
+        """``None`` when the connection was lost before the answer."""
+        self.body = memoryview(b"")
 
 
 class _Connection(Connection):
+    """The library's connection for the login; our messages pass it by (:meth:`submit`, and
+    :meth:`_take` in its thread), with its keys, ids and credits."""
+
     def __init__(self, login: Login, transport: Transport, *, sign: bool) -> None:
         self._own_transport = transport
-        self._credits = threading.Condition()
-        self._reserved = 0
+        self._granted = threading.Condition()
+        self._pending: dict[int, Pending] = {}
+        self._has_ended = False
+        self._ciphers: tuple[_Cipher, _Cipher] | None = None
         super().__init__(uuid.uuid4(), login.server, login.options.port, require_signing=sign)
         self._receive_timeout = IDLE_SECONDS
+        transport.taker = self._take
 
     @property
     def transport(self) -> Transport:
@@ -213,51 +123,169 @@ class _Connection(Connection):
     def transport(self, _theirs: object) -> None:
         """``connect`` would put its own here."""
 
-    def _calculate_credit_charge(self, message: Any) -> int:
-        if isinstance(message, Message):
-            return message.charge if self.supports_multi_credit else 0
-        return super()._calculate_credit_charge(message)
-
     def submit(
-        self, messages: Sequence[Message], *, sid: int, tid: int, deadline: float
-    ) -> list[Request]:
-        """Send, once the server has granted the credits; the library raises at once."""
-        charge = sum(max(1, self._calculate_credit_charge(message)) for message in messages)
-        with self._credits:
-            while self._granted() - self._reserved < charge:
-                if not self.transport.connected:
-                    raise ConnectionResetError("closed while waiting for credits")
+        self, messages: Sequence[Message], session: Session, tree: TreeConnect, deadline: float
+    ) -> list[Pending]:
+        """Send, once the server has granted the credits."""
+        multi = self.supports_multi_credit
+        charges = [message.charge if multi else 0 for message in messages]
+        first = self._reserve(sum(max(1, charge) for charge in charges), deadline)
+        encrypt = bool(session.encrypt_data or tree.encrypt_data)
+        sign = bool(session.signing_required and session.signing_key and not encrypt)
+        buffer, places = packed(
+            messages,
+            first_id=first,
+            charges=charges,
+            sign=sign,
+            session_id=session.session_id,
+            tree_id=tree.tree_connect_id,
+        )
+        if sign:
+            view = memoryview(buffer)
+            for message, (number, start, end) in zip(messages, places, strict=True):
+                part = view[start:end]
+                part[SIGNATURE] = self._sign(part, session, number, message.command)
+        pending = [
+            Pending(number, message.command)
+            for message, (number, _, _) in zip(messages, places, strict=True)
+        ]
+        with self._granted:
+            if self._has_ended:
+                raise ConnectionResetError("closed")
+            self._pending.update((each.message_id, each) for each in pending)
+        self.transport.send(self._encrypted(buffer, session) if encrypt else buffer)
+        return pending
+
+    def _reserve(self, wanted: int, deadline: float) -> int:
+        """The first of so many ids in a row."""
+        while True:
+            with self.sequence_lock:
+                window = self.sequence_window
+                if window["high"] - window["low"] >= wanted:
+                    window["low"] += wanted
+                    return window["low"] - wanted
+            with self._granted:
+                if self._has_ended:
+                    raise ConnectionResetError("closed")
                 if time.monotonic() >= deadline:
                     raise TimeoutError("the server grants no credits")
-                self._credits.wait(0.005)
-            self._reserved += charge
-        try:
-            return self._send(messages, session_id=sid, tree_id=tid, related=len(messages) > 1)
-        finally:
-            with self._credits:
-                self._reserved -= charge
-                self._credits.notify_all()
+                self._granted.wait(0.005)
 
-    def _granted(self) -> int:
-        window = self.sequence_window
-        return window["high"] - window["low"]
+    def forget(self, pending: Pending) -> None:
+        self._pending.pop(pending.message_id, None)
+
+    # -- signing and encrypting
+
+    def _sign(
+        self, part: Body, session: Session, message_id: int, command: int, *, answer: bool = False
+    ) -> bytes:
+        """Of a message whose signature is zeros ([MS-SMB2] 3.1.4.1)."""
+        assert session.signing_key is not None, "no key"
+        if self.dialect >= Dialects.SMB_3_1_1 and self.signing_algorithm_id == _GMAC:
+            nonce = struct.pack("<QI", message_id, int(answer))
+            return AESGCM(session.signing_key).encrypt(nonce, b"", part)
+        if self.dialect >= Dialects.SMB_3_0_0:
+            algorithm = cmac.CMAC(algorithms.AES(session.signing_key))
+            algorithm.update(bytes(part))
+            return algorithm.finalize()
+        return self._generate_signature(
+            bytes(part), session.signing_key, message_id, answer, command
+        )
+
+    def _encrypted(self, buffer: bytearray, session: Session) -> bytearray:
+        sealing, _ = self._sealing(session)
+        nonce = os.urandom(sealing.nonce_size)
+        head = _TRANSFORM.pack(
+            ENCRYPTED, bytes(16), nonce.ljust(16, b"\0"), len(buffer), 0, 1, session.session_id
+        )
+        sealed = sealing.cipher.encrypt(nonce, buffer, head[_AUTHENTICATED])
+        result = bytearray(head)
+        result[4:20] = sealed[-16:]
+        result += memoryview(sealed)[:-16]
+        return result
+
+    def _decrypted(self, message: bytearray) -> bytearray:
+        if len(message) < _TRANSFORM.size:
+            raise ValueError("an encrypted answer is cut")
+        _, tag, nonce, _, _, flags, session_id = _TRANSFORM.unpack_from(message)
+        session = self.session_table.get(session_id)
+        if session is None or flags != 1:
+            raise ValueError("an encrypted answer of no session of ours")
+        _, opening = self._sealing(session)
+        body = bytes(memoryview(message)[_TRANSFORM.size :]) + tag
+        plain = opening.cipher.decrypt(
+            nonce[: opening.nonce_size], body, bytes(memoryview(message)[_AUTHENTICATED])
+        )
+        return bytearray(plain)
+
+    def _sealing(self, session: Session) -> tuple[_Cipher, _Cipher]:
+        if self._ciphers is None:
+            keys = session.encryption_key, session.decryption_key
+            assert keys[0] is not None, "no keys"
+            assert keys[1] is not None, "no keys"
+            is_gcm = self.dialect >= Dialects.SMB_3_1_1 and self.cipher_id in _GCM
+            self._ciphers = (_Cipher(keys[0], is_gcm), _Cipher(keys[1], is_gcm))
+        return self._ciphers
+
+    # -- in the library's thread
+
+    def _take(self, message: bytearray) -> bool:
+        """Hand the answers to our messages to those that wait; false for the library's."""
+        is_encrypted = message.startswith(ENCRYPTED)
+        if is_encrypted:
+            message = self._decrypted(message)
+        elif message.startswith(COMPRESSED):
+            raise ValueError("a compressed answer")
+        start = 0
+        if parse_header(message, 0).message_id not in self._pending:
+            return False
+        while start < len(message):
+            header = parse_header(message, start)
+            part = memoryview(message)[start : header.end]
+            pending = self._pending.get(header.message_id)
+            if pending is None or not header.is_answer or header.command != pending.command:
+                raise ValueError("an answer to nothing that was asked")
+            self._check_protection(part, header, is_encrypted=is_encrypted)
+            with self.sequence_lock:
+                self.sequence_window["high"] += header.credits
+            if header.status != _PENDING:
+                del self._pending[header.message_id]
+                pending.status = header.status
+                pending.body = part[HEADER_SIZE:]
+                pending.event.set()
+            start = header.end
+        with self._granted:
+            self._granted.notify_all()
+        return True
+
+    def _check_protection(self, part: memoryview, header: Header, *, is_encrypted: bool) -> None:
+        session = next(iter(self.session_table.values()), None)
+        if is_encrypted or session is None:
+            return
+        if session.encrypt_data:
+            raise ValueError("an answer came in clear on an encrypted session")
+        if not session.signing_required or header.status == _PENDING:
+            return
+        if not header.is_signed:
+            raise ValueError("an answer came without a signature")
+        shown = bytes(part[SIGNATURE])
+        part[SIGNATURE] = bytes(16)
+        own = self._sign(part, session, header.message_id, header.command, answer=True)
+        if not hmac.compare_digest(shown, own):
+            raise ValueError("an answer's signature is wrong")
 
     def verify_signature(self, header: Structure, session_id: int, force: bool = False) -> None:
-        """Called for answers that were not encrypted.  The library passes those that carry no
-        signature, so that anybody on the way could answer in the server's name."""
+        """Of answers to the library's own messages that were not encrypted.  It passes those that
+        carry no signature, so that anybody on the way could answer in the server's name."""
         session = self.session_table.get(session_id)
-        protected = (
+        if (
             session is not None
             and header["status"].get_value() != _PENDING
-            and header["message_id"].get_value() != _NOBODYS
             and header["command"].get_value() != Commands.SMB2_SESSION_SETUP
-        )
-        if protected and session is not None:
+        ):
             if session.encrypt_data:
                 raise SMBException("an answer came in clear on an encrypted session")
-            if session.signing_required and not header["flags"].has_flag(
-                Smb2Flags.SMB2_FLAGS_SIGNED
-            ):
+            if session.signing_required and not header["flags"].has_flag(SIGNED):
                 raise SMBException("an answer came without a signature")
         super().verify_signature(header, session_id, force)
 
@@ -271,8 +299,23 @@ class _Connection(Connection):
             self._own_transport.release()
             for request in tuple(self.outstanding_requests.values()):
                 request.response_event.set()
-            with self._credits:
-                self._credits.notify_all()
+            with self._granted:
+                self._has_ended = True
+                waiting, self._pending = tuple(self._pending.values()), {}
+                self._granted.notify_all()
+            for pending in waiting:
+                pending.event.set()
+
+    @property
+    def cause(self) -> Exception | None:
+        """Why the library's thread ended, where that was no end of the connection."""
+        return self._t_exc
+
+
+class _Cipher:
+    def __init__(self, key: bytes, is_gcm: bool) -> None:
+        self.cipher = AESGCM(key) if is_gcm else AESCCM(key)
+        self.nonce_size = 12 if is_gcm else 11
 
 
 class Link:
@@ -285,13 +328,12 @@ class Link:
         self._connection = connection
         self._session = session
         self._tree = tree
-        options_of_server = (connection.max_read_size, connection.max_write_size)
         least = PAYLOAD_OF_A_CREDIT
+        sizes = [connection.max_read_size, connection.max_write_size, connection.max_transact_size]
         if not connection.supports_multi_credit:
-            options_of_server = (least, least)
-        self.max_read, self.max_write = (limited(max(4096, size)) for size in options_of_server)
-        most = connection.max_transact_size if connection.supports_multi_credit else least
-        self.max_listing = max(4096, min(most, 256 * 1024))
+            sizes = [min(size, least) for size in sizes]
+        self.max_read, self.max_write, most = (limited(max(4096, size)) for size in sizes)
+        self.max_listing = min(most, _LISTING)
         self.dialect = connection.dialect
         self.is_encrypted = bool(session.encrypt_data or tree.encrypt_data)
         self.is_signed = bool(session.signing_required)
@@ -300,44 +342,43 @@ class Link:
     def is_lost(self) -> bool:
         return not self._connection.transport.connected
 
-    def start(self, *messages: Message, seconds: float = CALL_SECONDS) -> list[Request]:
+    def start(self, *messages: Message, seconds: float = CALL_SECONDS) -> list[Pending]:
         """Send ``messages`` as one compound; for each answer :meth:`finish` must be called."""
         try:
             return self._connection.submit(
-                messages,
-                sid=self._session.session_id,
-                tid=self._tree.tree_connect_id,
-                deadline=time.monotonic() + seconds,
+                messages, self._session, self._tree, time.monotonic() + seconds
             )
         except Exception as error:
             raise self._lose(error) from error
 
-    def finish(self, request: Request, *, seconds: float = CALL_SECONDS) -> bytes:
+    def finish(self, pending: Pending, *, seconds: float = CALL_SECONDS) -> memoryview:
         """The body of the answer."""
-        try:
-            answer = self._connection.receive(request, timeout=seconds, resolve_symlinks=False)
-            body: bytes = answer["data"].get_value()
-        except SMBResponseException as error:
-            if error.status in status.SESSION_LOST:
-                raise self._lose(error) from error
-            raise StatusError(error.status) from None
-        except Exception as error:
-            raise self._lose(error) from error
-        return body
+        if not pending.event.wait(seconds):
+            self._connection.forget(pending)
+            raise self._lose(TimeoutError())
+        if pending.status is None:
+            raise self._lose(self._connection.cause or ConnectionResetError())
+        if pending.status in status.SESSION_LOST:
+            raise self._lose(ConnectionResetError())
+        if pending.status != 0:
+            raise StatusError(pending.status)
+        return pending.body
 
-    def call(self, message: Message, *, seconds: float = CALL_SECONDS) -> bytes:
+    def call(self, message: Message, *, seconds: float = CALL_SECONDS) -> memoryview:
         return self.finish(self.start(message, seconds=seconds)[0], seconds=seconds)
 
-    def compound(self, *messages: Message, seconds: float = CALL_SECONDS) -> list[bytes]:
+    def compound(self, *messages: Message, seconds: float = CALL_SECONDS) -> list[memoryview]:
         """Messages about one file that the first opens and the last closes, in one round trip.
 
         Raises the first failure, with its ``step``.
         """
         return self.collect(self.start(*messages, seconds=seconds), seconds=seconds)
 
-    def collect(self, requests: Sequence[Request], *, seconds: float = CALL_SECONDS) -> list[bytes]:
+    def collect(
+        self, requests: Sequence[Pending], *, seconds: float = CALL_SECONDS
+    ) -> list[memoryview]:
         """The answers of a compound; all are taken, whatever the first ones are."""
-        bodies: list[bytes] = []
+        bodies: list[memoryview] = []
         failure: StatusError | None = None
         for step, request in enumerate(requests):
             try:
@@ -361,24 +402,15 @@ class Link:
             self._connection.disconnect(close=False)
 
     def _lose(self, error: BaseException) -> Unreachable:
-        was_lost = self.is_lost
         self.abort()
-        if isinstance(error, Unreachable):
-            return error
-        if was_lost or isinstance(error, ConnectionError):
-            return Unreachable(
-                "ECONNRESET: the connection to the SMB server was lost", code="ECONNRESET"
-            )
-        timed_out = isinstance(error, TimeoutError) or "timeout" in str(error)
-        if timed_out:
-            return Unreachable(
-                "ETIMEDOUT: the SMB server does not answer; the connection was given up",
-                code="ETIMEDOUT",
-            )
-        return Unreachable(
-            f"EPROTO: the connection to the SMB server was given up: {scrub_text(str(error))}",
-            code="EPROTO",
-        )
+        if isinstance(error, TimeoutError):
+            code, why = "ETIMEDOUT", "the SMB server does not answer; the connection was given up"
+        elif isinstance(error, OSError):
+            code, why = "ECONNRESET", "the connection to the SMB server was lost"
+        else:
+            text = scrub_text(str(error) or type(error).__name__)[:500]
+            code, why = "EPROTO", f"the connection to the SMB server was given up: {text}"
+        return Unreachable(f"{code}: {why}", code=code)
 
 
 def connect(login: Login, transport: Transport) -> Link:

@@ -20,9 +20,7 @@ from proxy.remotes.smb.wire import Access, Disposition
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from smbprotocol.connection import Request
-
-    from proxy.remotes.smb.connection import Link
+    from proxy.remotes.smb.connection import Link, Pending
     from proxy.remotes.smb.share import Share
 
 _AHEAD: Final = 3
@@ -169,7 +167,7 @@ class NewFile:
             self._check_size(link.call(wire.close(file_id)))
         self._synced = True
 
-    def _check_size(self, answer: bytes) -> None:
+    def _check_size(self, answer: wire.Body) -> None:
         closed = wire.parse_closed(answer)
         size = closed.size if closed is not None else self._share.stat(self.temporary_path).size
         if size != self._size:
@@ -214,7 +212,7 @@ class OpenedFile:
         self._share = share
         self._mutex = threading.Lock()
         self._closed = False
-        self._ahead: deque[tuple[int, int, Request]] = deque()
+        self._ahead: deque[tuple[int, int, Pending]] = deque()
         self._link, created = self._open()
         self._file_id = created.file_id
         self._modified = created.modified
@@ -293,7 +291,7 @@ class OpenedFile:
             start += wanted
 
     @staticmethod
-    def _taken(link: Link, request: Request) -> memoryview:
+    def _taken(link: Link, request: Pending) -> memoryview:
         try:
             return wire.parse_data(link.finish(request))
         except StatusError as error:

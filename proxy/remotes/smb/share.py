@@ -26,17 +26,17 @@ from proxy.remotes.smb.connection import (
     FLUSH_SECONDS,
     Link,
     Login,
-    Transport,
     connect,
 )
 from proxy.remotes.smb.names import Place
 from proxy.remotes.smb.status import StatusError, from_status, translated
+from proxy.remotes.smb.transport import Transport
 from proxy.remotes.smb.wire import Access, Disposition, Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from smbprotocol.connection import Request
+    from proxy.remotes.smb.connection import Pending
 
 T = TypeVar("T")
 
@@ -246,7 +246,7 @@ class Share:
             found = self._look(path)
         return _file_stat(found)
 
-    def start_read(self, path: str, limit: int) -> tuple[Link, list[Request]]:
+    def start_read(self, path: str, limit: int) -> tuple[Link, list[Pending]]:
         """Ask for the beginning of a small file; :meth:`finish_read` takes it."""
         link = self.link()
         length = min(limit + 1, _AT_ONCE)
@@ -254,7 +254,7 @@ class Share:
             self.creation(path, Access.READ), wire.read(0, length), wire.close()
         )
 
-    def finish_read(self, path: str, limit: int, started: tuple[Link, list[Request]]) -> bytes:
+    def finish_read(self, path: str, limit: int, started: tuple[Link, list[Pending]]) -> bytes:
         link, requests = started
         with self.translated("open", path):
             try:
@@ -494,7 +494,7 @@ def read_into(link: Link, file_id: bytes, offset: int, buffer: memoryview, size:
 def _read_once(link: Link, file_id: bytes, offset: int, buffer: memoryview, size: int) -> int:
     """Bytes up to the first gap: a server may answer with less than was asked for."""
     length = min(size, link.max_read)
-    asked: deque[tuple[int, int, Request]] = deque()
+    asked: deque[tuple[int, int, Pending]] = deque()
     start, ending = 0, len(buffer)
     failure: StatusError | None = None
     while asked or start < min(ending, len(buffer)):
@@ -531,7 +531,7 @@ def write_all(link: Link, file_id: bytes, offset: int, data: memoryview, size: i
     Raises :class:`StatusError`; then any part of it may be written.
     """
     length = min(size, link.max_write)
-    sent: deque[tuple[int, Request]] = deque()
+    sent: deque[tuple[int, Pending]] = deque()
     start = 0
     failure: StatusError | None = None
     while sent or (start < len(data) and failure is None):
