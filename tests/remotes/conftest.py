@@ -37,7 +37,6 @@ STACKS = [
     ("local",),
     ("immutable",),
     ("smb",),
-    ("smb-immutable",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
 ]

@@ -23,7 +23,7 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PASSWORD = "pass@word?1"  # an '@' and a '?', which the URL may hold
+PASSWORD = "p@ss://w,o?rd"  # all that a URL and a list of options use themselves
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _is_connected(pid: int, port: int) -> bool:
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                inodes.add(os.readlink(entry))
+                inodes.add(str(entry.readlink()))
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         is_ours = int(fields[1].split(":")[1], 16) == port and fields[3] == "01"
@@ -111,7 +111,7 @@ def started(root: Path, **extra: Any) -> Iterator[Samba]:
         configuration = Path(home, "smb.conf")
         configuration.write_text(_configuration(Path(home), root, port, user, extra))
         both = f"{PASSWORD}\n{PASSWORD}\n".encode()
-        command = ["smbpasswd", "-c", configuration, "-s", "-a", user]
+        command = ["smbpasswd", "-c", str(configuration), "-s", "-a", user]
         subprocess.run(command, input=both, check=True, capture_output=True)
         arguments = ["--foreground", "--no-process-group", "--debug-stdout"]
         with subprocess.Popen(

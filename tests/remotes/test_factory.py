@@ -43,6 +43,7 @@ async def test_file_remotes_are_disabled_by_default(root: Path) -> None:
         ({"url": 5}, "EINVAL"),
         ({"url": "ftp://nowhere"}, "EINVAL"),
         ({"url": "nfs://h:/a"}, "ENOTSUP"),
+        ({"url": "smb://u:s3cretS3cret@d\\\\h\\s", "options": "mfsymlinks"}, "ENOTSUP"),
         ({"url": "s3://k:s3cretS3cret@h/b"}, "ENOTSUP"),
         ({"url": 'file:///x?encryptionKey="s3cretS3cret"'}, "ENOTSUP"),
         ({"url": "file:///x", "encryptionKey": "s3cretS3cret"}, "ENOTSUP"),

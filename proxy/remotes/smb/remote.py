@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _UNDO_SECONDS: Final = 30
-_GRACE_SECONDS: Final = 5.0
+GRACE_SECONDS = 5.0
 """After a cancel a call that is under way may end well; then its connection is ended."""
 _LOCK_GRACE_SECONDS: Final = 0.5
 _ABORTED_SECONDS: Final = 1.0
@@ -139,7 +139,7 @@ class SmbRemote:
         function: Callable[..., T],
         *args: object,
         work: Work = Work.SHARE,
-        grace: float = _GRACE_SECONDS,
+        grace: float | None = None,
     ) -> T:
         """Call ``function`` in a thread; see the class for what a cancel does.
 
@@ -158,7 +158,7 @@ class SmbRemote:
             finally:
                 if not ended.is_set():
                     with trio.CancelScope(shield=True):
-                        with trio.move_on_after(grace):
+                        with trio.move_on_after(GRACE_SECONDS if grace is None else grace):
                             await ended.wait()
                         if not ended.is_set():
                             call.is_given_up = True

@@ -196,10 +196,6 @@ def to_seconds(file_time: int) -> float:
     return (file_time - _EPOCH) / 1e7
 
 
-def from_seconds(seconds: float) -> int:
-    return int(seconds * 1e7) + _EPOCH
-
-
 # -- opening and closing
 
 _CREATE = struct.Struct("<HBBIQQIIIIIHHII")
