@@ -51,7 +51,7 @@ from proxy.remotes.smb.wire import (
 from proxy.runtime.secrets import scrub_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from smbprotocol.structure import Structure
 
@@ -397,7 +397,8 @@ class Link:
         """Log off, if the server answers soon, and wait for the library's thread."""
         with contextlib.suppress(Exception):
             if not self.is_lost:
-                self._connection.disconnect(close=True, timeout=_CLOSE_SECONDS)
+                with _bounded(self._connection, _CLOSE_SECONDS):
+                    self._connection.disconnect(close=True, timeout=_CLOSE_SECONDS)
         with contextlib.suppress(Exception):
             self._connection.disconnect(close=False)
 
@@ -449,7 +450,7 @@ def _opened(connection: _Connection, login: Login) -> Link:
         )
     user = f"{login.domain}\\{login.username}" if login.domain else login.username
     session = Session(connection, user, login.password, require_encryption=options.seal)
-    with _bounded(connection):
+    with _bounded(connection, 2 * CONNECT_SECONDS):
         session.connect()
         session.password = None
         if options.guest:
@@ -465,9 +466,9 @@ def _opened(connection: _Connection, login: Login) -> Link:
 
 
 @contextlib.contextmanager
-def _bounded(connection: _Connection) -> Any:
-    """The library waits without an end for the answers to a login."""
-    timer = threading.Timer(2 * CONNECT_SECONDS, connection.transport.abort)
+def _bounded(connection: _Connection, seconds: float) -> Iterator[None]:
+    """The library waits without an end for the answers to a login or a logoff."""
+    timer = threading.Timer(seconds, connection.transport.abort)
     timer.daemon = True
     timer.start()
     try:

@@ -183,9 +183,10 @@ class NewFile:
             self._exists = False
             self._share.sync_directory(paths.parent(self.path))
             return
-        self._share.rename_only(self.temporary_path, self.path, replace=not self._exclusive)
+        names = self._share.names
+        names.rename_only(self.temporary_path, self.path, replace=not self._exclusive)
         self._exists = False  # no longer ours to remove
-        self._share.sync_directory(paths.parent(self.path))
+        names.sync_directory(paths.parent(self.path))
 
     def discard(self) -> None:
         """Close, and unlink what was not published."""

@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 _REFRESH_SECONDS: Final = 2.0
 """For one try to refresh, connecting included; there must be room for a second one."""
+_STEP_SECONDS: Final = 10.0
+"""For every other step: the threads of locks are few."""
 _DIRECTORY: Final = Options.DIRECTORY | Options.OPEN_REPARSE_POINT
 _ANYTHING: Final = Options.OPEN_REPARSE_POINT
 _TOLERANCE: Final = int(MTIME_TOLERANCE * 1e7)
@@ -75,11 +77,11 @@ class ShareLock(KeptLock):
     ) -> T:
         del abandon  # ``run`` decides
         outcome: list[T] = []
-        seconds = float("inf")
+        seconds = _STEP_SECONDS
         if function == self._refresh_now:
             left = STALE_SECONDS - 1 - (trio.current_time() - self._fresh_at)
             seconds = max(0.5, min(_REFRESH_SECONDS, left))
-        with deadline("refreshing the lock", seconds):
+        with deadline(f"the lock of '{self.path}'", seconds):
             await self._run(lambda: outcome.append(function(*args)))
         return outcome[0]
 

@@ -80,11 +80,12 @@ async def open_smb_client(url: SmbUrl, merged: Mapping[str, Any], *, seconds: fl
         options=options,
     )
     place = Place(f"{below}/{url.path}")
+    # Two connections: what is small never queues behind a backup's data, and no server lets a
+    # file be replaced that the same connection reads.
+    control = Share(login, place)
     remote = SmbRemote(
-        # Two connections: what is small never queues behind a backup's data, and Samba lets
-        # no file be replaced that the same connection reads.
-        Share(login, place),
-        Share(login, place),
+        control,
+        Share(login, place, names=control),
         url=url.public,
         is_immutable=merged.get("immutable") is True,
         use_vhd_directory=bool(merged.get("useVhdDirectory")),
@@ -105,7 +106,7 @@ def _target(url: SmbUrl) -> tuple[str, str, str]:
         raise Refused(
             r"remote URL: host must be server\share", code="EINVAL", data={"part": "host"}
         )
-    return parts[0], parts[1], "/".join(parts[2:])
+    return parts[0].strip("[]"), parts[1], "/".join(parts[2:])
 
 
 class SmbRemote:

@@ -49,6 +49,9 @@ _AT_ONCE: Final = 64 * 1024
 _FAILURE_COUNTS_SECONDS: Final = 2.0
 """How long a failed connect answers for others, so that they do not all wait for a dead server."""
 _CLOSE_WAITS_SECONDS: Final = 10.0
+_REPLACE_TRIES: Final = 10
+_REPLACE_PAUSE_SECONDS: Final = 0.1
+"""Small files are read in less: what still has the target open then keeps it open."""
 _ON_THEIR_WAY: Final = 4
 """Requests for bytes of one call that wait for their answers at a time."""
 
@@ -87,8 +90,12 @@ class Share:
         login: Login,
         place: Place,
         *,
+        names: Share | None = None,
         opener: Callable[[Login, Transport], Link] = connect,
     ) -> None:
+        self.names = names or self
+        """The same share over another connection, for renames: servers refuse to replace a file
+        that the connection itself has open."""
         self._login = login
         self._place = place
         self._opener = opener
@@ -410,12 +417,17 @@ class Share:
         if failure is not None and failure.step > 0 and failure.status in status.MISSING:
             self.mktree(paths.parent(new))
             failure = self._renamed(message, renaming)
+        tries = _REPLACE_TRIES if replace else 0
+        while tries and self._is_in_use(failure, new) and not given_up():
+            tries -= 1
+            time.sleep(_REPLACE_PAUSE_SECONDS)
+            failure = self._renamed(message, renaming)
         if failure is None:
             return
         if failure.step == 0:
             with self.translated("rename", old):
                 raise failure
-        if self._is_directory(new):
+        if self._is_kind(new, directory=True):
             raise Conflict(
                 f"EISDIR: is a directory, rename '{old}' to '{new}'",
                 code="EISDIR",
@@ -430,12 +442,22 @@ class Share:
             return error
         return None
 
-    def _is_directory(self, path: str) -> bool:
+    def _is_in_use(self, failure: StatusError | None, path: str) -> bool:
+        """Whether a rename failed because somebody reads the file that it would replace; Windows
+        and Samba call that a denied access."""
+        return (
+            failure is not None
+            and failure.step > 0
+            and failure.status in (status.ACCESS_DENIED, status.SHARING_VIOLATION)
+            and self._is_kind(path, directory=False)
+        )
+
+    def _is_kind(self, path: str, *, directory: bool) -> bool:
         try:
             found = self._look(path)
         except StatusError:
             return False
-        return found.is_dir and not found.is_link
+        return not found.is_link and found.is_dir is directory
 
     def unlink(self, path: str) -> None:
         """Durable on return."""

@@ -448,3 +448,14 @@ async def test_an_answer_that_somebody_changed_ends_the_connection(
     assert link.is_lost
     with pytest.raises(NotFound):
         await smb.read_file("f")
+
+
+async def test_a_file_that_is_being_read_can_be_replaced(smb: SmbRemote) -> None:
+    """As on every other remote; servers refuse it while the same connection reads it."""
+    await smb.write_file("cache", b"old")
+    await smb.write_file("other", b"newest")
+    async with smb.open_read("cache") as read:
+        await smb.write_file("cache", b"new")
+        await smb.rename("other", "cache")
+        assert await read.read_at(0, 10) == b"old"
+    assert await smb.read_file("cache") == b"newest"
