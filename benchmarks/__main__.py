@@ -10,6 +10,7 @@ from benchmarks import (
     many_vms,
     nbd,
     restore,
+    smb,
     waiters,
 )
 from benchmarks.lab import options, show
@@ -21,6 +22,7 @@ if __name__ == "__main__":
         *restore.measure(chosen),
         *incremental.measure(chosen),
         *nbd.measure(chosen),
+        *smb.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),
         *waiters.measure(chosen),

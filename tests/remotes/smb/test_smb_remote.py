@@ -18,6 +18,7 @@ from proxy.remotes import Entry
 from proxy.remotes.retry import Retry
 from proxy.remotes.smb import remote as remote_module
 from proxy.remotes.smb import wire
+from proxy.remotes.smb.connection import Link
 from proxy.remotes.smb.remote import SmbRemote
 from proxy.runtime.secrets import scrub_text
 from tests.remotes.conftest import opened, tree
@@ -459,3 +460,33 @@ async def test_a_file_that_is_being_read_can_be_replaced(smb: SmbRemote) -> None
         await smb.rename("other", "cache")
         assert await read.read_at(0, 10) == b"old"
     assert await smb.read_file("cache") == b"newest"
+
+
+async def test_weakness_3_bytes_and_names_are_durable_before_they_count(
+    smb: SmbRemote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream writes in place, without a flush of the file or of its directory."""
+    await smb.mktree("d")
+    seen: list[list[str]] = []
+    start = Link.start
+
+    def recording(self: Link, *messages: wire.Message, **options: Any) -> Any:
+        seen.append([message.command.name for message in messages])
+        return start(self, *messages, **options)
+
+    monkeypatch.setattr(Link, "start", recording)
+    rename = ["CREATE", "SET_INFO", "CLOSE"]
+    directory = ["CREATE", "FLUSH", "CLOSE"]
+    await smb.write_file("d/f", b"x")
+    assert seen == [["CREATE", "WRITE", "FLUSH", "CLOSE"], rename, directory]
+    seen.clear()
+    async with smb.create("d/g") as file:
+        await file.write(b"x" * (MIB + 1))
+        await file.commit()
+    assert seen == [["CREATE"], ["WRITE"], ["WRITE"], ["FLUSH"], ["CLOSE"], rename, directory]
+    seen.clear()
+    async with smb.batch() as batch:
+        await batch.write("d/h", b"x")
+        assert seen == [["CREATE", "WRITE", "FLUSH", "CLOSE"]]
+        await batch.commit()
+    assert seen[1:] == [directory]
