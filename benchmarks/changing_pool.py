@@ -1,6 +1,7 @@
 """The simulated pool as a program whose guests write when they are told to.
 
-Arguments: bytes of a disk, number of VMs, ``nbd`` or nothing.  Prints what ``xo-proxy simulate``
+Arguments: bytes of a disk, number of VMs, their content (``random`` or ``text``), ``nbd`` or
+nothing.  Prints what ``xo-proxy simulate``
 prints; each line on standard input, a share such as ``0.25``, changes so much of every disk, and
 is answered by a line.
 """
@@ -10,14 +11,18 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import trio
 
 from proxy.simulator import SimulatedPool, serve, standalone_info
 
+if TYPE_CHECKING:
+    from proxy.simulator.disks import Kind
 
-async def main(size: int, vms: int, *, nbd: bool) -> None:
-    pool = SimulatedPool.small(vms=vms, disk_size=size)
+
+async def main(size: int, vms: int, kind: Kind, *, nbd: bool) -> None:
+    pool = SimulatedPool.small(vms=vms, disk_size=size, kind=kind)
     if nbd:
         pool.enable_nbd("insecure_nbd")
         for ref, record in pool.store.all("VDI"):
@@ -35,4 +40,5 @@ async def main(size: int, vms: int, *, nbd: bool) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(partial(main, int(sys.argv[1]), int(sys.argv[2]), nbd="nbd" in sys.argv[3:]))
+    disk_size, count, content, *more = sys.argv[1:]
+    trio.run(partial(main, int(disk_size), int(count), cast("Kind", content), nbd="nbd" in more))

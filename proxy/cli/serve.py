@@ -30,7 +30,7 @@ def serve(configs: tuple[Path, ...]) -> None:
     from proxy.config import Config, Places, load  # noqa: PLC0415
     from proxy.config.live import LiveConfig  # noqa: PLC0415
     from proxy.daemon import refuse_optimised, run  # noqa: PLC0415
-    from proxy.runtime.allocator import share_heaps  # noqa: PLC0415
+    from proxy.runtime.allocator import set_up_heaps  # noqa: PLC0415
 
     refuse_optimised()
     places = Places(explicit=configs)
@@ -48,7 +48,7 @@ def serve(configs: tuple[Path, ...]) -> None:
         return await run(live)
 
     try:
-        share_heaps()
+        set_up_heaps()
         code = trio.run(main)
     except BaseExceptionGroup as error:
         raise failure_of(error) or error from error

@@ -35,6 +35,11 @@ _BLOCKS_PER_FOLDER: Final = 1000
 _BLOCK_WINDOW: Final = 18
 """Quality 0 looks back 256 KiB at most: a wider window compresses no better, and a 2 MiB
 block then costs up to five times as long (what does not compress most)."""
+_SAMPLE: Final = 1024
+_SAMPLED: Final = range(len(FULL_BITMAP), STORED_BLOCK, BLOCK_SIZE // 32)
+"""Where the samples of a block begin."""
+_WORTHLESS: Final = 0.98
+"""The part of a sample that must be left for compressing to be worth it."""
 _TO_DIGITS: Final = bytes.maketrans(b"\0\1", b"01")
 _FROM_DIGITS: Final = bytes.maketrans(b"01", b"\0\1")
 
@@ -118,8 +123,17 @@ def compress_block(compression: Compression, stored: memoryview) -> bytes | memo
     if _ZEROS.startswith(stored):  # a comparison at the speed of memory
         return _ZEROS_COMPRESSED[compression]
     if compression is Compression.BROTLI:
+        if _is_incompressible(stored):
+            return b"".join((_AS_IT_IS, stored, _BROTLI_END))
         return brotli.compress(stored, quality=0, lgwin=_BLOCK_WINDOW)
     return zlib.compress(stored, 1, wbits=31)
+
+
+def _is_incompressible(stored: memoryview) -> bool:
+    """Judged by samples from all over the block, at about a hundredth of what compressing it
+    costs.  What guests encrypted or compressed themselves takes the longest to compress."""
+    sample = b"".join([stored[at : at + _SAMPLE] for at in _SAMPLED])
+    return len(brotli.compress(sample, quality=0)) > _WORTHLESS * len(sample)
 
 
 def decompress(compression: Compression, data: bytes, *, longest: int) -> bytes:
@@ -139,6 +153,8 @@ def decompress(compression: Compression, data: bytes, *, longest: int) -> bytes:
 
 
 def _from_brotli(data: bytes, longest: int) -> tuple[bytes, bool]:
+    if len(data) == _PLAIN_BLOCK and data.startswith(_AS_IT_IS) and data.endswith(_BROTLI_END):
+        return data[len(_AS_IT_IS) : -len(_BROTLI_END)], True  # one copy, not the decoder's four
     decoder = brotli.Decompressor()
     try:
         content = decoder.process(data, output_buffer_limit=longest + 1)
@@ -162,6 +178,18 @@ def _corrupt(what: str, message: str) -> Corrupt:
     return Corrupt(f"corrupt VHD directory: {message}", data={"what": what})
 
 
+_AS_IT_IS: Final = (
+    0 << 0  # one bit: a window of 64 KiB
+    | 0 << 1  # one bit: not the last meta-block
+    | (6 - 4) << 2  # two bits: six nibbles of length
+    | (STORED_BLOCK - 1) << 4
+    | 1 << 28  # one bit: not compressed
+).to_bytes(4, "little")
+"""What precedes the bytes of a block that stands uncompressed in a brotli stream (RFC 7932,
+sections 9.1 and 9.2)."""
+_BROTLI_END: Final = b"\x03"
+"""A last meta-block without content."""
+_PLAIN_BLOCK: Final = len(_AS_IT_IS) + STORED_BLOCK + len(_BROTLI_END)
 _ZEROS: Final = FULL_BITMAP + bytes(BLOCK_SIZE)
 _ZEROS_COMPRESSED: Final = {
     Compression.BROTLI: brotli.compress(_ZEROS, quality=0, lgwin=_BLOCK_WINDOW),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -139,6 +140,29 @@ def test_one_byte_more_than_zeros_is_not_taken_for_zeros(change: int) -> None:
     assert compress_block(Compression.BROTLI, stored) is zeros, "zeros are compressed once"
     stored[change] ^= 1
     assert brotli.decompress(bytes(compress_block(Compression.BROTLI, stored))) == stored
+
+
+def noise(size: int) -> bytes:
+    return random.Random(1).randbytes(size)
+
+
+def test_what_cannot_be_compressed_is_stored_as_it_is() -> None:
+    stored = block(noise(vhd.BLOCK_SIZE))
+    data = bytes(compress_block(Compression.BROTLI, stored))
+    assert len(data) < vhd.STORED_BLOCK + 10
+    assert bytes(stored) in data
+    assert brotli.decompress(data) == stored
+    assert decompress(Compression.BROTLI, data, longest=vhd.STORED_BLOCK) == stored
+    for damaged in (data[:-1], data[:-2] + data[-1:], data + b"\0", b"\1" + data[1:]):
+        with pytest.raises(Corrupt):
+            decompress(Compression.BROTLI, damaged, longest=vhd.STORED_BLOCK)
+
+
+def test_a_block_of_which_a_part_can_be_compressed_is_compressed() -> None:
+    stored = block(noise(7 * vhd.BLOCK_SIZE // 8).ljust(vhd.BLOCK_SIZE, b"x"))
+    data = bytes(compress_block(Compression.BROTLI, stored))
+    assert len(data) < 0.9 * vhd.STORED_BLOCK
+    assert brotli.decompress(data) == stored
 
 
 @pytest.mark.parametrize("compression", COMPRESSED)

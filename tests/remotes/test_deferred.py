@@ -225,6 +225,69 @@ def test_what_is_mounted_below_is_synced_too(
         subprocess.run(["umount", "-l", str(root / "xo-vm-backups")], check=True)
 
 
+def large(files: Files, count: int) -> None:
+    for number in range(count):
+        files.write(f"d/{number}", bytes(deferred._BULK))
+
+
+def test_large_files_leave_the_page_cache_and_few_stay_open(
+    place: Root, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []
+
+    def noted(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        given_back.append(shown(descriptor, root))
+
+    monkeypatch.setattr(deferred, "tells_lost_writes", lambda _: True)
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    before = len(descriptors())
+    files = Files(place)
+    large(files, 2 * deferred._BEHIND)
+    assert given_back == [f"d/{number}" for number in range(deferred._BEHIND)]
+    assert len(descriptors()) <= before + 1 + deferred._BEHIND
+    files.sync()
+    assert len(given_back) == 2 * deferred._BEHIND
+    files.close()
+    assert len(descriptors()) == before
+
+
+def test_a_batch_that_is_closed_early_leaves_nothing_open(
+    place: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "tells_lost_writes", lambda _: True)
+    before = descriptors()
+    files = Files(place)
+    large(files, 3)
+
+    def closing(*args: Any) -> bool:
+        files.close()
+        return sync_range(*args)
+
+    sync_range = syscalls.sync_range
+    monkeypatch.setattr(deferred, "sync_range", closing)
+    large(files, 1)  # under way while another thread closes
+    assert descriptors() == before
+
+
+def test_a_loss_seen_while_writing_behind_is_told_with_the_file_it_struck(
+    place: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "tells_lost_writes", lambda _: True)
+    files = Files(place)
+    large(files, deferred._BEHIND)
+
+    def fail(*args: Any) -> bool:
+        if args[-1] == syscalls.SYNC_AND_WAIT:
+            raise OSError(errno.EIO, "lost")
+        return True
+
+    monkeypatch.setattr(deferred, "sync_range", fail)
+    with pytest.raises(Unreachable, match=r"EIO.*'d/0'"):
+        files.write("d/last", bytes(deferred._BULK))
+    files.close()
+
+
 def test_a_failed_commit_stays_failed(place: Root, together: bool, monkeypatch: Any) -> None:
     """syncfs and fsync tell each loss only once."""
     errors = [OSError(errno.EIO, "lost")]
