@@ -131,7 +131,14 @@ def started(root: Path, **extra: Any) -> Iterator[Samba]:
 
 def _configuration(home: Path, root: Path, port: int, user: str, extra: dict[str, Any]) -> str:
     kept = {}
-    for name in ("private dir", "lock dir", "state dir", "cache dir", "pid dir", "ncalrpc dir"):
+    for name in (
+        "private dir",
+        "lock directory",
+        "state directory",
+        "cache directory",
+        "pid directory",
+        "ncalrpc dir",
+    ):
         kept[name] = home / name.partition(" ")[0]
         kept[name].mkdir()
     settings = {
