@@ -294,7 +294,7 @@ def check(data: bytes, step: int) -> None:
 
 def pack(form: str, data: bytes) -> bytes:
     if form == "gzip":
-        return gzip.compress(data, 1)
+        return gzip.compress(data, 1, mtime=0)
     if form == "zstd":
         return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(data)
     if form == "zstd stream":
