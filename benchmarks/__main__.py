@@ -12,6 +12,7 @@ from benchmarks import (
     nbd,
     objects,
     restore,
+    smb,
     waiters,
 )
 from benchmarks.lab import options, show
@@ -25,6 +26,7 @@ if __name__ == "__main__":
         *encrypted.measure(chosen),
         *nbd.measure(chosen),
         *objects.measure(chosen),
+        *smb.measure(chosen),
         *many_vms.measure(chosen),
         *calls.measure(chosen),
         *waiters.measure(chosen),

@@ -10,6 +10,7 @@ from proxy.errors import Refused
 from proxy.remotes.mount_command import nfs_request, smb_request
 from proxy.remotes.mounted import open_mounted
 from proxy.remotes.mounts import MountOptions, helper_of, may_mount
+from proxy.remotes.smb.remote import open_smb_client
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +40,7 @@ async def open_smb(url: SmbUrl, record: Mapping[str, Any], options: RemoteOption
                 raise
             reason = error  # the helper is there, but not in the kernel
     _log.info("a share cannot be mounted here", remote=url.public, reason=reason.message)
-    return await open_smb_unmounted(url, record, options, reason)
+    return await open_smb_client(url, record, seconds=options.open_seconds)
 
 
 def _why_no_mount(options: RemoteOptions) -> Refused | None:
@@ -55,14 +56,6 @@ def _why_no_mount(options: RemoteOptions) -> Refused | None:
             code="EPERM",
         )
     return None
-
-
-async def open_smb_unmounted(
-    url: SmbUrl, record: Mapping[str, Any], options: RemoteOptions, reason: Refused
-) -> Remote:
-    """Reach the share without a mount; ``reason`` is why there can be none."""
-    del url, record, options
-    raise reason
 
 
 async def _open_mount(

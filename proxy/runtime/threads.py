@@ -30,6 +30,9 @@ class Work(enum.Enum):
     JOURNAL = 1
     NETWORK = 32
     """Bulk reads and writes of TLS sockets, and name look-ups."""
+    SHARE = 12
+    """Requests to file servers that no kernel has mounted: each waits for an answer, bounded by a
+    deadline, and must not keep the disk's threads from local remotes meanwhile."""
     LOCK = 8
     """Refreshing the locks of remotes: must never queue behind data for their 10 seconds."""
 

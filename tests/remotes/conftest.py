@@ -19,6 +19,7 @@ from proxy.remotes.retry import Retry
 from proxy.remotes.wrapper import Wrapper
 from tests.remotes import server as file_server
 from tests.remotes.objects.fake_s3 import FakeS3, serving
+from tests.remotes.samba import Samba, started, why_not
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,13 +31,17 @@ if TYPE_CHECKING:
 OPTIONS = RemoteOptions(disable_file_remotes=False)
 
 # Backends by name: a URL on a fresh directory.
-BACKENDS: dict[str, Callable[[Path], str]] = {
-    "local": lambda root: f"file://{root}",
-    "immutable": lambda root: f"file://{root}?immutable=true",
-    "nfs": lambda root: f"nfs://server:{root}",
-    "smb": lambda root: "smb://user:pass@DOMAIN\\\\server\\share\0" + str(root).replace("/", "\\"),
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest, Path], str]] = {
+    "local": lambda _, root: f"file://{root}",
+    "immutable": lambda _, root: f"file://{root}?immutable=true",
+    "nfs": lambda _, root: f"nfs://server:{root}",
+    "smb-mounted": lambda _, root: (
+        "smb://user:pass@DOMAIN\\\\server\\share\0" + str(root).replace("/", "\\")
+    ),
+    "smb": lambda request, root: served(request).url(root),
+    "smb-immutable": lambda request, root: served(request).url(root, query="&immutable=true"),
 }
-MOUNTED = ("nfs", "smb")
+MOUNTED = ("nfs", "smb-mounted")
 # Object stores by name: a server of our own that lacks this or that, and moto's.
 STORES: dict[str, Callable[[], FakeS3]] = {
     "s3": lambda: FakeS3(page=7),
@@ -59,6 +64,7 @@ STACKS = [
     ("local",),
     ("immutable",),
     ("nfs",),
+    ("smb-mounted",),
     ("smb",),
     *(("local", name) for name in WRAPPERS),
     ("local", "faults", "retry", "metrics"),
@@ -82,6 +88,21 @@ async def opened(
         yield remote
     finally:
         await remote.aclose()
+
+
+@pytest.fixture(scope="session")
+def samba(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samba]:
+    """One server for all tests, whose shares are the folder of all their directories."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with started(tmp_path_factory.getbasetemp()) as server:
+        yield server
+
+
+def served(request: pytest.FixtureRequest) -> Samba:
+    server: Samba = request.getfixturevalue("samba")
+    return server
 
 
 @pytest.fixture
@@ -127,7 +148,7 @@ async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Re
             emulator: Azurite = request.getfixturevalue("azurite")
             url = emulator.url(f"/cont/some dir/é/{secrets.token_hex(8)}")
         else:
-            url = BACKENDS[backend](root)
+            url = BACKENDS[backend](request, root)
         yield await stack.enter_async_context(opened(url, *wrappers, options=options))
 
 
