@@ -15,8 +15,7 @@ import pytest
 import trio
 
 from proxy.errors import Busy, ProxyError, Unreachable
-from proxy.remotes import Remote, lane, mounted, mounts, open_remote
-from proxy.remotes import lock as lock_module
+from proxy.remotes import Remote, lane, locking, mounted, mounts, open_remote
 from proxy.remotes.mounted import MountedRemote
 from proxy.remotes.retry import Retry
 from tests.remotes.conftest import tree
@@ -206,8 +205,8 @@ async def test_a_cancel_ends_in_time_and_its_undo_follows(
 async def test_a_lock_of_a_remote_that_hangs_is_lost(
     hanging: Hanging, remote: MountedRemote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "REFRESH_SECONDS", 0.1)
-    monkeypatch.setattr(lock_module, "STALE_SECONDS", 1.2)
+    monkeypatch.setattr(locking, "REFRESH_SECONDS", 0.1)
+    monkeypatch.setattr(locking, "STALE_SECONDS", 1.2)
     await remote.mktree("vm")
     with within(5), pytest.raises(Busy, match="could not be refreshed"):  # noqa: PT012 (as above)
         async with remote.lock("vm", owner="run"):

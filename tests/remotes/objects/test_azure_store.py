@@ -26,7 +26,7 @@ from proxy.runtime.http_pool import HttpPool
 from tests import certificates
 from tests.azurite import ACCOUNT, KEY
 from tests.remotes.conftest import OPTIONS
-from tests.remotes.objects.fake_azure import Answer, Script, serving
+from tests.remotes.objects.fake_azure import Answer, Script, refusal, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -408,6 +408,10 @@ async def test_a_url_that_names_no_container_is_refused(url: str, part: str) -> 
     assert caught.value.data["part"] == part
 
 
+# The answers to the reads of encryption.json and metadata.json.
+NOT_ENCRYPTED = [refusal(404, "BlobNotFound")] * 2
+
+
 @pytest.mark.parametrize("option", ["", "?allowUnauthorized=true"])
 async def test_weakness_10_allow_unauthorized_is_honoured(option: str, tmp_path: Path) -> None:
     """Upstream stores the option for Azure and ignores it."""
@@ -415,13 +419,13 @@ async def test_weakness_10_allow_unauthorized_is_honoured(option: str, tmp_path:
     certificates.write(identity, tmp_path, authority=identity)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server-cert.pem", tmp_path / "server-key.pem")
-    script = Script(Answer(201), Answer(200))
+    script = Script(Answer(201), Answer(200), *NOT_ENCRYPTED)
     async with serving(script, context) as port:
         url = f"azurite://acc:a2V5@127.0.0.1:{port}/cont{option}"
         if option:
             async with opened_remote({"url": url}, options=OPTIONS) as remote:
                 assert not remote.is_immutable
-            assert [request.method for request in script.log] == ["PUT", "HEAD"]
+            assert [request.method for request in script.log] == ["PUT", "HEAD", "GET", "GET"]
         else:
             with pytest.raises(Unreachable) as caught:
                 await open_remote({"url": url}, options=OPTIONS)
@@ -431,7 +435,7 @@ async def test_weakness_10_allow_unauthorized_is_honoured(option: str, tmp_path:
 
 async def test_a_policy_of_the_container_makes_the_remote_immutable() -> None:
     locked = Answer(200, headers={"x-ms-has-immutability-policy": "true"})
-    async with serving(Script(Answer(201), locked)) as port:
+    async with serving(Script(Answer(201), locked, *NOT_ENCRYPTED)) as port:
         url = f"azurite+http://acc:a2V5@127.0.0.1:{port}/cont"
         async with opened_remote({"url": url}, options=OPTIONS) as remote:
             assert remote.is_immutable
