@@ -5,6 +5,9 @@ try, and six tries of a dead server take two hours.  It applies to what is one s
 storage.  Work of many steps (``rmtree``, ``rename_all``, making data durable) takes as long as
 there is to do; the storages bound each step of it.
 
+Opening a file is not bounded here but by the storages: what stays open when the operation is over
+may have cancel scopes of its own, which must not begin inside ours.
+
 Where the operating system does not let go of a thread (a change on a file system that hangs),
 the time cannot be kept: to answer before the effect is decided would be a lie about it.
 
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _ENDLESS = frozenset(
-    {"rmtree", "rename_all", "walk", "create.commit", "batch.commit", "edit.sync", "aclose"}
+    {
+        *("rmtree", "rename_all", "walk", "create.commit", "batch.commit", "edit.sync", "aclose"),
+        *("create.open", "read.open", "edit.open", "batch.open"),
+    }
 )
 _UNLIMITED = frozenset(
     {"lock.acquire", "lock.held", "lock.check", "lock.release", "create.close", "aclose", "walk"}

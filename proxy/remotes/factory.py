@@ -24,7 +24,7 @@ from proxy.remotes.url import (
     parse_url,
     refuse_placeholder,
 )
-from proxy.remotes.wrapper import tries_again
+from proxy.remotes.wrapper import bounds_itself, tries_again
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.secrets import remember_in
 from proxy.runtime.threads import Work, in_thread
@@ -153,7 +153,7 @@ async def opened_remote(
         yield Bounded(
             remote if tries_again(remote) else Retry(remote, told=Told(remote.url)),
             at_once=options.parallel_operations,
-            seconds=options.operation_seconds,
+            seconds=0 if bounds_itself(remote) else options.operation_seconds,
         )
     finally:
         await remote.aclose()

@@ -66,6 +66,7 @@ class LocalRemote:
         self.url = url
         self.is_immutable = is_immutable
         self.use_vhd_directory = use_vhd_directory
+        self.bounds_itself = threads.abandons
 
     @classmethod
     async def open(

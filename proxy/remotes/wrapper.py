@@ -80,12 +80,23 @@ def requests_of(remote: Remote) -> Mapping[str, int]:
     return {} if asked is None else asked()
 
 
-def tries_again(remote: Remote) -> bool:
-    """Whether a remote itself repeats what fails for a reason that passes: one try in another
-    would multiply the waits."""
+def innermost(remote: Remote) -> Remote:
+    """What is left of ``remote`` without wrappers."""
     while isinstance(remote, Wrapper):
         remote = remote.inner
-    return getattr(remote, "tries_again", False)
+    return remote
+
+
+def tries_again(remote: Remote) -> bool:
+    """Whether the storage itself repeats what fails for a reason that passes: one try inside
+    another would multiply the waits."""
+    return getattr(innermost(remote), "tries_again", False)
+
+
+def bounds_itself(remote: Remote) -> bool:
+    """Whether the storage itself ends what hangs, step by step: a second deadline around it
+    would take its own from it."""
+    return getattr(innermost(remote), "bounds_itself", False)
 
 
 async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:

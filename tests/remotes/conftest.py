@@ -10,13 +10,14 @@ from moto.server import ThreadedMotoServer
 
 from proxy.formats.encrypted import Algorithm, FileCipher
 from proxy.remotes import RemoteOptions, open_remote
+from proxy.remotes.bounds import Bounded
 from proxy.remotes.encryption import Encrypted
 from proxy.remotes.faults import Faults
 from proxy.remotes.metrics import Metrics
 from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.recording import Recording
 from proxy.remotes.retry import Retry
-from proxy.remotes.wrapper import Wrapper
+from proxy.remotes.wrapper import innermost
 from tests.remotes import server as file_server
 from tests.remotes.objects.fake_s3 import FakeS3, serving
 from tests.remotes.samba import Samba, started, why_not
@@ -49,6 +50,7 @@ STORES: dict[str, Callable[[], FakeS3]] = {
     "s3-locked": lambda: FakeS3(lock="Enabled"),
 }
 WRAPPERS: dict[str, Callable[[Remote], Remote]] = {
+    "bounds": lambda remote: Bounded(remote, at_once=16, seconds=60),
     "retry": Retry,
     "faults": Faults,
     "recording": Recording,
@@ -72,6 +74,7 @@ STACKS = [
     ("immutable", "chacha"),
     ("local", "recording", "gcm", "faults", "retry", "metrics"),
     *((name,) for name in STORES),
+    ("s3", "bounds"),
     ("moto",),
     ("azurite",),
 ]
@@ -150,12 +153,6 @@ async def remote(request: pytest.FixtureRequest, root: Path) -> AsyncIterator[Re
         else:
             url = BACKENDS[backend](request, root)
         yield await stack.enter_async_context(opened(url, *wrappers, options=options))
-
-
-def innermost(remote: Remote) -> Remote:
-    while isinstance(remote, Wrapper):
-        remote = remote.inner
-    return remote
 
 
 def is_flat(remote: Remote) -> bool:

@@ -10,7 +10,7 @@ import trio
 from proxy.errors import Busy, Conflict, Corrupt, NotFound, ProxyError, Refused
 from proxy.remotes import Entry, RemoteInfo
 from proxy.remotes.objects.remote import ObjectRemote
-from tests.remotes.conftest import innermost
+from proxy.remotes.wrapper import innermost
 
 if TYPE_CHECKING:
     from proxy.remotes import Remote

@@ -51,6 +51,8 @@ class ObjectRemote:
     """Whatever the URL says: nothing can be changed in place."""
     tries_again = True
     """See :func:`proxy.remotes.wrapper.tries_again`."""
+    bounds_itself = True
+    """See :func:`proxy.remotes.wrapper.bounds_itself`."""
 
     def __init__(
         self,

@@ -117,6 +117,8 @@ class SmbRemote:
     """
 
     is_encrypted = False
+    bounds_itself = True
+    """See :func:`proxy.remotes.wrapper.bounds_itself`."""
 
     def __init__(
         self,
