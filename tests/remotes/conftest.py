@@ -75,6 +75,9 @@ STACKS = [
     ("local", "recording", "gcm", "faults", "retry", "metrics"),
     *((name,) for name in STORES),
     ("s3", "bounds"),
+    ("s3", "gcm"),
+    ("nfs", "chacha"),
+    ("smb", "chacha"),
     ("moto",),
     ("azurite",),
 ]
