@@ -35,6 +35,7 @@ from benchmarks.lab import (
     exportable,
     job,
     main,
+    plain_import,
     remote_spec,
     run,
     scratch,
@@ -215,7 +216,7 @@ def restored(
     root = folder / spec["id"]
     newest = max(path for path in root.glob("xo-vm-backups/*/*.json"))
     settle()
-    before = plain_import(pool, folder, size)
+    before = plain_disk_import(pool, folder, size)
     done = run(
         proxy,
         "backup.importVmBackup",
@@ -228,7 +229,7 @@ def restored(
         },
     )
     pool.forget_vms(set(pool.vms))
-    after = plain_import(pool, folder, size)
+    after = plain_disk_import(pool, folder, size)
     return size / done.seconds / 1e6, statistics.mean((before, after))
 
 
@@ -310,7 +311,7 @@ def renames(folder: Path, count: int) -> float:
     return seconds
 
 
-def plain_import(pool: Pool, folder: Path, size: int) -> float:
+def plain_disk_import(pool: Pool, folder: Path, size: int) -> float:
     """MB/s of a raw image from file to socket, until the pool has taken it."""
     path = folder / "image"
     with path.open("wb") as file:
@@ -327,22 +328,7 @@ def plain_import(pool: Pool, folder: Path, size: int) -> float:
         "name_label": "floor",
     }
     vdi = pool.call("VDI.create", record)
-    task = pool.call("task.create", "floor", "")
-    words = {"vdi": vdi, "format": "raw", "session_id": pool.session, "task_id": task}
-    view = memoryview(bytearray(PIECE))
-    with pool.connect() as sock, path.open("rb", buffering=0) as source:
-        began = time.perf_counter()
-        head = f"PUT /import_raw_vdi/?{urlencode(words)} HTTP/1.1\r\nHost: pool\r\n"
-        sock.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode())
-        after_head(sock)
-        while count := source.readinto(view):
-            sock.sendall(view[:count])
-        while (status := pool.call("task.get_status", task)) == "pending":
-            time.sleep(0.005)
-        seconds = time.perf_counter() - began
-    if status != "success":
-        raise RuntimeError(f"the floor's import ended as {status}")
-    pool.call("task.destroy", task)
+    size, seconds = plain_import(pool, path, "/import_raw_vdi/", vdi=vdi, format="raw")
     pool.call("VDI.destroy", vdi)
     path.unlink()
     return size / seconds / 1e6

@@ -385,15 +385,18 @@ def plain_export(pool: Pool, ref: str, path: Path) -> tuple[int, float]:
         return total, time.perf_counter() - began
 
 
-def plain_import(pool: Pool, path: Path) -> tuple[int, float]:
+def plain_import(
+    pool: Pool, path: Path, handler: str = "/import/", **words: str
+) -> tuple[int, float]:
     """File to socket with nothing in between, until the pool has taken it all."""
     size = path.stat().st_size
     task = pool.call("task.create", "floor", "")
-    query = urlencode({"sr_uuid": pool.sr, "session_id": pool.session, "task_id": task})
+    target = words or {"sr_uuid": pool.sr}
+    query = urlencode({**target, "session_id": pool.session, "task_id": task})
     view = memoryview(bytearray(PIECE))
     with pool.connect() as sock, path.open("rb", buffering=0) as source:
         began = time.perf_counter()
-        head = f"PUT /import/?{query} HTTP/1.1\r\nHost: pool\r\nContent-Length: {size}\r\n\r\n"
+        head = f"PUT {handler}?{query} HTTP/1.1\r\nHost: pool\r\nContent-Length: {size}\r\n\r\n"
         sock.sendall(head.encode())
         after_head(sock)
         while count := source.readinto(view):

@@ -32,6 +32,7 @@ from proxy.config.durable import make_private_directory
 from proxy.errors import Busy, Refused, from_os_error
 from proxy.jobs import open_services
 from proxy.listening import drop_privileges, give_to_user, open_all
+from proxy.remotes.mounts import mounts
 from proxy.rpc import create_app, serve
 from proxy.rpc.methods import standard
 from proxy.systemd import Notifier
@@ -87,7 +88,10 @@ async def run(
         with _own(config.datadir, config):
             bound = open_all(config)
             drop_privileges(config)
-            await _serve(live, bound, orders, notifier, out or sys.stdout)
+            try:
+                await _serve(live, bound, orders, notifier, out or sys.stdout)
+            finally:
+                await mounts().aclose()
         root.cancel_scope.cancel("stopped")
     if orders.now.is_set():
         return 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import trio
 import trio.testing
+
+from tests.azurite import Azurite, running_azurite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # How long an example takes is the machine's affair, which others may be using.
 hypothesis.settings.register_profile("house", deadline=None)
@@ -29,3 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         function = getattr(item, "obj", None)
         if item.get_closest_marker("virtual_clock") and inspect.iscoroutinefunction(function):
             item.add_marker(pytest.mark.trio(run=_on_virtual_clock), append=False)
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    """One emulator for all tests: each takes a container or a directory of its own."""
+    with running_azurite(tmp_path_factory.mktemp("azurite")) as emulator:
+        yield emulator

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.remotes.samba import why_not
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,7 +19,14 @@ ROOT = Path(__file__).parent.parent
     [
         ("restore", "restore, HTTPS: whole run"),
         ("incremental", "merge of 25 % into a directory, each block"),
+        ("encrypted", "key backup to a directory: export, gcm"),
         ("nbd", "NBD over TLS"),
+        ("objects", "delta of 25 % to S3: transfer"),
+        pytest.param(
+            "smb",
+            "SMB, sealed: read",
+            marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+        ),
         ("listing", "listing 40 backups of 4 VMs, cached"),
         ("waiters", "50 waiters: change to the last answer"),
     ],

@@ -77,9 +77,19 @@ def list_(client: Client, remote_url: str, vm: str | None) -> None:
 @click.confirmation_option(prompt="Delete these backups for good?")
 @connection
 def delete(client: Client, remote_url: str, ids: tuple[str, ...]) -> None:
-    """Delete backups by the ids that `list` shows."""
-    client.scalar("backup.deleteVmBackups", {"filenames": list(ids), "remote": {"url": remote_url}})
-    click.echo(f"deleted {len(ids)}")
+    """Delete backups by the ids that `list` shows.
+
+    Ids that name no backup are told: they may be mistyped, or gone already.
+    """
+    spec = {"url": remote_url}
+    found = client.scalar("backup.listVmBackups", {"remotes": {REMOTE: spec}})
+    client.scalar("backup.deleteVmBackups", {"filenames": list(ids), "remote": spec})
+    listed = {backup["id"] for of_vm in found.get(REMOTE, {}).values() for backup in of_vm}
+    # an id is taken with and without its leading slash
+    gone = [each for each in ids if f"/{each.lstrip('/')}" not in listed]
+    click.echo(f"deleted {len(ids) - len(gone)}")
+    for each in gone:
+        click.echo(f"there was no backup {each}", err=True)
 
 
 @backups.command()

@@ -40,6 +40,8 @@ class ApiConfig(Section, frozen=True):
     token_grace: Seconds = Seconds(300)
     """How long the previous token is still accepted after a change."""
     max_connections: AtLeastOne = 2048
+    metrics: bool = True
+    """Answer ``GET /metrics`` to whoever has the token."""
 
 
 class VmConfig(Section, frozen=True):
@@ -116,6 +118,8 @@ class RemoteOptions(Section, frozen=True):
     mounts_dir: Path = Path("/run/xo-proxy/mounts")
     timeout: Seconds = Seconds(600)
     """Longest silence of one operation on a remote; 0: none."""
+    mount_timeout: Seconds = Seconds(45)
+    """Longest ``mount``.  XO gives a call up after 60 s."""
     use_sudo: bool = False
     """Mount with ``sudo``, for a daemon that does not run as root."""
     max_parallel_operations: AtLeastOne = 16

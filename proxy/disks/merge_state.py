@@ -17,16 +17,19 @@ from uuid import UUID
 
 import msgspec
 
-from proxy.errors import Corrupt, NotFound, ProxyError
+from proxy.errors import Corrupt, ProxyError
 from proxy.remotes import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable
 
     from proxy.remotes.interface import Remote
 
 LIMIT: Final = 1024 * 1024
 """Bytes of the largest state that is read: a chain of thousands of disks."""
+
+CUT: Final = "merge state cut"
+"""``data["what"]`` of a state that a crash of its writer cut: Xen Orchestra writes it in place."""
 
 _NAME = re.compile(r"\.(.+)\.merge\.json")
 
@@ -98,7 +101,7 @@ class MergeState:
         try:
             value = msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise _corrupt(path, f"it is not valid JSON ({error})") from error
+            raise _corrupt(path, f"it is not valid JSON ({error})", what=CUT) from error
         if not isinstance(value, dict):
             raise _corrupt(path, "it is not a JSON object")
         record = cast("dict[str, Any]", value)
@@ -117,8 +120,9 @@ class MergeState:
         )
 
 
-def _corrupt(path: str, reason: str) -> Corrupt:
-    return Corrupt(f"the merge state '{path}' cannot be used: {reason}", data={"path": path})
+def _corrupt(path: str, reason: str, *, what: str = "merge state") -> Corrupt:
+    message = f"the merge state '{path}' cannot be used: {reason}"
+    return Corrupt(message, data={"what": what, "path": path})
 
 
 def _chain(value: Any, path: str) -> tuple[str, ...] | None:
@@ -169,37 +173,28 @@ def disk_of_state(name: str) -> str | None:
     return match[1] if match is not None and is_disk_name(match[1]) else None
 
 
-async def read_state(remote: Remote, disk: str) -> MergeState | None:
-    """The state of the merge into ``disk``, ``None`` when there is none.
+async def read_states(
+    remote: Remote, directory: str, names: Iterable[str]
+) -> dict[str, MergeState | ProxyError]:
+    """The merges under way in ``directory``, of which ``names`` is the listing.
 
-    ``Corrupt`` when it cannot be used; errors of the storage pass through.
+    By the oldest disk's path; of a state that cannot be read or used what is wrong with it,
+    also ``NotFound`` when it has gone since the listing.
     """
-    path = state_path(disk)
+    disks = [disk for name in sorted(names) if (disk := disk_of_state(name)) is not None]
+    files = {paths.join(directory, disk): state_path(paths.join(directory, disk)) for disk in disks}
+    contents = await remote.read_files(list(files.values()), limit=LIMIT) if files else ()
+    return {
+        disk: _parsed(content, path)
+        for (disk, path), content in zip(files.items(), contents, strict=True)
+    }
+
+
+def _parsed(content: bytes | ProxyError, path: str) -> MergeState | ProxyError:
     try:
-        return MergeState.parse(await remote.read_file(path, limit=LIMIT), path)
-    except NotFound as error:
-        if error.code != "ENOENT":
-            raise
-        return None
-
-
-async def read_states(remote: Remote, disks: Sequence[str]) -> Mapping[str, MergeState]:
-    """The merges that are open into any of ``disks``, by the oldest disk's path.
-
-    The first error that is not a missing state is raised.
-    """
-    contents = await remote.read_files([state_path(disk) for disk in disks], limit=LIMIT)
-    return dict(_parsed(zip(disks, contents, strict=True)))
-
-
-def _parsed(
-    contents: Iterable[tuple[str, bytes | ProxyError]],
-) -> Iterable[tuple[str, MergeState]]:
-    for disk, content in contents:
-        if isinstance(content, bytes):
-            yield disk, MergeState.parse(content, state_path(disk))
-        elif not (isinstance(content, NotFound) and content.code == "ENOENT"):
-            raise content
+        return content if isinstance(content, ProxyError) else MergeState.parse(content, path)
+    except Corrupt as error:
+        return error
 
 
 async def write_state(remote: Remote, disk: str, state: MergeState) -> None:

@@ -9,7 +9,7 @@ import trio
 
 from proxy.disks.chain import Chain
 from proxy.disks.disk import RandomAccess
-from proxy.disks.merge_state import MergeState, Step, disk_of_state
+from proxy.disks.merge_state import MergeState, Step, read_states
 from proxy.disks.vhd_directory import VhdDirectory
 from proxy.disks.vhd_file import VhdFile
 from proxy.errors import Corrupt, NotFound
@@ -141,17 +141,10 @@ class Merges:
             names = frozenset(entry.name for entry in await remote.list(directory))
         except NotFound:
             return cls(frozenset(), {})
-        disks = [disk for name in sorted(names) if (disk := disk_of_state(name)) is not None]
-        found = [paths.join(directory, f".{disk}.merge.json") for disk in disks]
-        states: dict[str, MergeState] = {}
-        contents = await remote.read_files(found) if found else ()
-        for disk, path, content in zip(disks, found, contents, strict=True):
-            try:
-                if isinstance(content, bytes):
-                    states[paths.join(directory, disk)] = MergeState.parse(content, path)
-            except Corrupt:
-                continue
-        return cls(names, states)
+        states = await read_states(remote, directory, names)
+        return cls(
+            names, {disk: each for disk, each in states.items() if isinstance(each, MergeState)}
+        )
 
     def newer(self, oldest: str) -> Sequence[str] | None:
         """The paths of the disks that are merged into ``oldest``, oldest first.

@@ -14,6 +14,7 @@ from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, to_try_again, write_full
+from proxy.jobs.traffic import told
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.repository import clean_vm
 from proxy.runtime.buffers import BufferPool
@@ -180,7 +181,8 @@ async def _one_target(
 ) -> None:
     try:
         async with task.child("export", id=target.id, type="remote", isFull=True) as export:
-            await write_full(export, target, copy, consumer)
+            with told(export, target.remote):
+                await write_full(export, target, copy, consumer)
     except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
         errors[target.id] = error
     finally:
@@ -205,8 +207,9 @@ async def _clean(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) 
         try:
             async with task.child("clean-vm") as clean:
                 # We hold the directory: whoever wrote an unfinished file in it is dead.
-                clean.result = await clean_vm(
-                    target.remote, backup.uuid, lock=target.lock, warn=clean.warning, min_age=0
-                )
+                with told(clean, target.remote):
+                    clean.result = await clean_vm(
+                        target.remote, backup.uuid, lock=target.lock, warn=clean.warning, min_age=0
+                    )
         except ProxyError:
             continue  # in the log of the clean; the backup itself is not touched by it

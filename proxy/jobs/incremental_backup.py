@@ -23,6 +23,7 @@ from proxy.jobs.incremental_target import DiskPart, IncrementalCopy, Incremental
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.targets import RemoteTarget, now_ms, to_try_again
+from proxy.jobs.traffic import told
 from proxy.jobs.undo import undo_step
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.repository import clean_vm
@@ -81,18 +82,20 @@ async def _clean(parent: Task, backup: VmBackup, target: RemoteTarget) -> None:
                     def moved(done: int, total: int) -> None:
                         merge.progress(done * BLOCK_SIZE, total * BLOCK_SIZE)
 
-                    yield moved
+                    with told(merge, target.remote):
+                        yield moved
                     merge.complete_progress()
 
-            clean.result = await clean_vm(
-                target.remote,
-                backup.uuid,
-                lock=target.lock,
-                warn=clean.warning,
-                min_age=0,  # we hold the directory: who wrote an unfinished file in it is dead
-                merge=True,
-                progress=merging,
-            )
+            with told(clean, target.remote):
+                clean.result = await clean_vm(
+                    target.remote,
+                    backup.uuid,
+                    lock=target.lock,
+                    warn=clean.warning,
+                    min_age=0,  # we hold the directory: who wrote an unfinished file in it is dead
+                    merge=True,
+                    progress=merging,
+                )
 
 
 class _Attempt:
@@ -338,13 +341,14 @@ class _Attempt:
             ) as export:
                 task_status.started()
                 started = True
-                try:
-                    await run.run(export)
-                finally:
-                    run.leave()
-                    ended.set()
-                await self._released.wait()
-                await _clean(export, self._backup, run.target)
+                with told(export, run.target.remote):
+                    try:
+                        await run.run(export)
+                    finally:
+                        run.leave()
+                        ended.set()
+                    await self._released.wait()
+                    await _clean(export, self._backup, run.target)
         except Exception as error:
             self._errors[run.id] = error
             if not started:

@@ -119,7 +119,7 @@ class IncrementalTarget:
         # The oldest few, and of these the youngest first: whatever is left stays a chain.
         old = list(reversed(old if copy.max_merged is None else old[: copy.max_merged]))
         if settings.delete_first:
-            await delete_old(self.target, copy.vm_uuid, old)
+            await delete_old(export, self.target, copy.vm_uuid, old)
         async with open_incremental_backup(
             self.target.remote, copy.vm_uuid, copy.timestamp, after=copy.newest_parent
         ) as writer:
@@ -133,7 +133,7 @@ class IncrementalTarget:
             await writer.commit({**copy.metadata, "tags": tags})
         copy.stored.add(self.target.id)
         if not settings.delete_first:
-            await delete_old(self.target, copy.vm_uuid, old)
+            await delete_old(export, self.target, copy.vm_uuid, old)
 
     async def _store_parts(self, writer: IncrementalBackupWriter, transfer: Task) -> None:
         failures: list[Exception] = []

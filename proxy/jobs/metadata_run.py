@@ -18,6 +18,7 @@ from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.rate_limit import RateLimit
 from proxy.jobs.targets import now_ms
+from proxy.jobs.traffic import told
 from proxy.repository import lock_metadata, open_metadata_backup, prune_metadata
 from proxy.repository.metadata_backup_paths import BINARY_DATA, config_directory, pool_directory
 from proxy.runtime.buffers import BufferPool
@@ -252,7 +253,9 @@ class _MetadataRun:
         name = f"{part.name} for the remote ({remote_id}). ({self._job.id})"
         try:
             async with task.child(name, id=remote_id, type="remote") as copy:
-                await self._store(copy, part, self._remotes[remote_id], feed)
+                remote = self._remotes[remote_id]
+                with told(copy, remote):
+                    await self._store(copy, part, remote, feed)
         except Exception:  # noqa: BLE001  in the log of the copy
             return
         self._copied += 1

@@ -18,9 +18,10 @@ from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
 from proxy.jobs.sweep import Sweeper
+from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
-from proxy.remotes.factory import RemoteOptions, opened_remote
+from proxy.remotes.factory import RemoteOptions, opened_remote, refuse_missing
 from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
@@ -51,6 +52,7 @@ class Services:
         self.nursery = nursery
         self._remotes: Shared[Remote] = Shared(nursery, self._delay)
         self._xapis: Shared[Xapi] = Shared(nursery, self._delay)
+        self.traffic = Traffic()
         self.sweeper = Sweeper(tasks)
         self._live: dict[str, Task] = {}
         self._jobs: dict[str, Task] = {}
@@ -76,15 +78,31 @@ class Services:
 
     # -- connections -------------------------------------------------------------------------
 
-    def remote(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Remote]:
-        """An open remote for the block; shared with whoever gives the same record."""
+    @contextlib.asynccontextmanager
+    async def remote(
+        self, spec: Mapping[str, Any], *, create: bool = True
+    ) -> AsyncIterator[Remote]:
+        """An open remote for the block; shared with whoever gives the same record.
+
+        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so: who only
+        looks makes nothing.
+        """
         config = self.config
         options = RemoteOptions(
             disable_file_remotes=config.remotes.disable_file_remotes,
             mounts_dir=str(config.remote_options.mounts_dir),
             directory_mode=config.backups.dir_mode,
+            mount_seconds=config.remote_options.mount_timeout,
+            use_sudo=config.remote_options.use_sudo,
+            operation_seconds=config.remote_options.timeout,
+            parallel_operations=config.remote_options.max_parallel_operations,
         )
-        return self._remotes.use(_key(spec, options), lambda: opened_remote(spec, options=options))
+        if not create:
+            await refuse_missing(spec, options=options)
+        async with self._remotes.use(
+            _key(spec, options), lambda: self.traffic.counted(spec, opened_remote, options)
+        ) as remote:
+            yield remote
 
     def xapi(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Xapi]:
         """A session on a pool for the block; shared when address and credentials are equal."""
@@ -99,6 +117,13 @@ class Services:
             },
         )
         return self._xapis.use(_key(spec, options), lambda: connect(options))
+
+    def open_connections(self) -> dict[str, int]:
+        """How many remotes and pools are open now, used or not."""
+        return {
+            "remote": self._remotes.statistics()["open"],
+            "pool": self._xapis.statistics()["open"],
+        }
 
     def damage(self, remote: Remote) -> DamageNotes:
         """What is known to be damaged on ``remote``."""
@@ -147,7 +172,7 @@ class Services:
         self._refuse_when_stopping()
         path = backup_path(request.backup_id)
         secrets.remember_in([request.remote, request.xapi])
-        async with self.remote(request.remote) as remote, self.xapi(request.xapi):
+        async with self.remote(request.remote, create=False) as remote, self.xapi(request.xapi):
             record = await read_backup(remote, path)
         if record.backup.mode not in ("full", "delta"):
             raise Refused(
@@ -158,12 +183,16 @@ class Services:
         async def work(root: Task) -> dict[str, Any]:
             for key in request.ignored:
                 root.warning(f"the setting '{key}' is not known and has no effect")
-            async with self.remote(request.remote) as remote, self.xapi(request.xapi) as xapi:
+            async with (
+                self.remote(request.remote, create=False) as remote,
+                self.xapi(request.xapi) as xapi,
+            ):
                 await self.sweeper.contact(root, xapi)
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
-                return await restore(
-                    root, request, remote, record, xapi, installation=self.installation
-                )
+                with told(root, remote):
+                    return await restore(
+                        root, request, remote, record, xapi, installation=self.installation
+                    )
 
         properties = {
             "backupId": request.backup_id,
@@ -195,7 +224,7 @@ class Services:
                 code="EINVAL",
                 data={"part": "dryRun"},
             )
-        async with self.remote(request.remote) as remote:
+        async with self.remote(request.remote, create=False) as remote:
             metadata = await read_metadata_backup(remote, path)
         if of_pool and spec is not None:
             async with self.xapi(spec):
@@ -226,14 +255,15 @@ class Services:
         sample_of(request.level, request.sample, now=0)
         if request.vm_uuid is not None:
             vm_directory(request.vm_uuid)
-        async with self.remote(request.remote) as remote:
+        async with self.remote(request.remote, create=False) as remote:
             if request.filename is not None:
                 await remote.stat(backup_path(request.filename))
         run = VerifyRun(request)
 
         async def work(root: Task) -> dict[str, Any]:
-            async with self.remote(request.remote) as remote:
-                return await run.look(root, remote, self.damage(remote))
+            async with self.remote(request.remote, create=False) as remote:
+                with told(root, remote):
+                    return await run.look(root, remote, self.damage(remote))
 
         run.begin(lambda work: self._start("verify", request.properties(), work), work)
         return run

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Canceled, Many
+from proxy.errors import Canceled, Many, ProxyError
 from proxy.repository import (
     delete_backups,
     list_vm_backups,
@@ -14,6 +14,7 @@ from proxy.repository import (
     open_full_backup,
     period_tags,
 )
+from proxy.repository.immutability import is_protection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -67,7 +68,7 @@ async def write_full(
         target, copy.vm_uuid, copy.schedule_id, copy.timestamp, mode="full"
     )
     if settings.delete_first:
-        await delete_old(target, copy.vm_uuid, old)
+        await delete_old(task, target, copy.vm_uuid, old)
     async with open_full_backup(target.remote, copy.vm_uuid, copy.timestamp) as writer:
         async with task.child("transfer") as transfer:
             transfer.progress(0, copy.estimate, estimated=True)
@@ -94,7 +95,7 @@ async def write_full(
         )
     copy.stored.add(target.id)
     if not settings.delete_first:
-        await delete_old(target, copy.vm_uuid, old)
+        await delete_old(task, target, copy.vm_uuid, old)
     return backup
 
 
@@ -118,11 +119,24 @@ async def plan_retention(
     return old, period_tags(entries, timestamp, long_term, settings.timezone)
 
 
-async def delete_old(target: RemoteTarget, vm_uuid: str, old: Sequence[Backup]) -> None:
-    """Remove what retention found, under the lock that the target holds."""
-    if old:
+async def delete_old(task: Task, target: RemoteTarget, vm_uuid: str, old: Sequence[Backup]) -> None:
+    """Remove what retention found, under the lock that the target holds.
+
+    What the storage protects stays with a warning: the next run finds it again.
+    """
+    if not old:
+        return
+    try:
         await delete_backups(
             target.remote, [backup.id for backup in old], locks={vm_uuid: target.lock}
+        )
+    except ProxyError as error:
+        if not is_protection(error):
+            raise
+        errors = error.errors if isinstance(error, Many) else [error]
+        task.warning(
+            "old backups are protected and are removed by a later run",
+            {"backups": [str(each) for each in errors]},
         )
 
 

@@ -10,6 +10,7 @@ import trio
 
 from proxy.errors import Corrupt, ProxyError, Unreachable
 from proxy.formats.vhd import BLOCK_SIZE
+from proxy.remotes.encryption import algorithm_of
 from proxy.repository.verify import verify
 from proxy.repository.verify_reports import BackupReport, DiskReport, Level, Status, Summary, worst
 
@@ -73,6 +74,13 @@ class VerifyRun:
     async def look(self, root: Task, remote: Remote, damage: DamageNotes) -> dict[str, Any]:
         """The work of the task.  Its result is the summary; it fails when anything is wrong."""
         request, summary = self._request, self._summary
+        algorithm = algorithm_of(remote)
+        if algorithm is not None and not algorithm.is_authenticated:
+            root.warning(
+                f"the remote is encrypted by {algorithm}, an unauthenticated algorithm: data that"
+                " was changed is noticed only where there are checksums",
+                {"algorithm": algorithm.value},
+            )
         seen = [Status.OK]
         reports = verify(
             remote,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import Canceled, Many, NotFound, ProxyError, Refused
+from proxy.errors import Busy, Canceled, Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.power import start_left_off
@@ -214,6 +215,7 @@ class _VmRun:
                             vm_uuid,
                             owner=self._root.id,
                             wait=settings.get_remote_timeout / 1000,
+                            waiting=partial(_tell_wait, task, remote_id),
                         )
                     )
                 except ProxyError as error:
@@ -230,6 +232,14 @@ class _VmRun:
                     else Many.all_targets("writer.beforeBackup()", errors)
                 )
             yield targets
+
+
+def _tell_wait(task: Task, remote_id: str, busy: Busy) -> None:
+    """Else a run that waits looks like one that hangs."""
+    task.info(
+        "waiting for whoever holds the VM's backups",
+        {"remote": remote_id, "reason": busy.message, **busy.data},
+    )
 
 
 def _seconds(left: float) -> float:

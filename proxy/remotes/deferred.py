@@ -22,6 +22,7 @@ from proxy.remotes.syscalls import (
     sync_range,
     tells_lost_writes,
 )
+from proxy.runtime.threads import stop_if_abandoned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,6 +153,7 @@ class Files:
             if not together:  # before the name is made: a sync meanwhile must not miss it
                 with self._mutex:
                     self._directories.add(paths.parent(path))
+            stop_if_abandoned()
             descriptor = self._create(here, name)
             try:
                 while rest:
@@ -246,15 +248,17 @@ def _closed(path: str) -> Refused:
 
 
 class Renames:
-    """Renames, done in order, whose directories are synced together.  For one thread at a time.
+    """Renames, done in order, whose directories are synced together.
 
-    Directories stay open from one rename to the next, at most :data:`_MOST_OPEN`.
+    Threads that overlap wait for each other.  Directories stay open from one rename to the
+    next, at most :data:`_MOST_OPEN`.
     """
 
     def __init__(self, root: Root) -> None:
         self.missing: list[int] = []
         """Positions of those whose old name does not exist."""
         self._root = root
+        self._mutex = threading.RLock()
         self._open: dict[str, int] = {}
         self._targets: set[str] = set()
         self._above: set[str] = set()
@@ -263,7 +267,8 @@ class Renames:
     def run(self, pairs: Sequence[tuple[str, str]], first: int = 0) -> None:
         """Do ``pairs``, the first of which has position ``first``."""
         for position, (old, new) in enumerate(pairs, first):
-            with self._root.translated("rename", old):
+            with self._mutex, self._root.translated("rename", old):
+                stop_if_abandoned()
                 if not self._rename(paths.normalise(old), paths.normalise(new)):
                     self.missing.append(position)
 
@@ -319,12 +324,13 @@ class Renames:
 
         The new names first: after a crash both may exist, never neither.
         """
-        opened, targets = self._open, self._targets
-        self._open, self._targets, self._above = {}, set(), set()
-        try:
-            for path in sorted(opened, key=lambda path: path not in targets):
-                with self._root.translated("fsync", path):
-                    sync_directory(opened[path])
-        finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
+        with self._mutex:
+            opened, targets = self._open, self._targets
+            self._open, self._targets, self._above = {}, set(), set()
+            try:
+                for path in sorted(opened, key=lambda path: path not in targets):
+                    with self._root.translated("fsync", path):
+                        sync_directory(opened[path])
+            finally:
+                for descriptor in opened.values():
+                    os.close(descriptor)

@@ -8,6 +8,12 @@ symbolic link, ``EBUSY`` for the root itself, ``EBADF`` once closed), ``Unreacha
 ``NotFound`` with ``ENOTDIR`` means that a file stands where a directory should: ``missing_ok``
 does not cover it.
 
+Object stores have no directories of their own: one is there while something is in it.  There
+``mktree`` makes nothing, the ``list`` of what holds nothing is ``NotFound`` (but for the root,
+which is empty then), a name can be a file and a directory at once (so nothing is refused with
+``EISDIR`` or ``ENOTDIR`` when it is written or renamed), and removing a file may remove its
+directories.
+
 On cancel every method ends with no partial effect that its contract rules out: an atomic
 write either happened or did not, and leaves no temporary file.
 """
@@ -55,7 +61,11 @@ class FileWriter(Protocol):
     """A file being written under a temporary name; see :meth:`Remote.create`."""
 
     temporary_path: str
-    """Where the bytes are until commit, for validation before it."""
+    """Where the bytes are until commit, for validation before it.
+
+    The final name on immutable remotes and object stores; on these they cannot be read before
+    the commit, and are validated between it and what makes the file count.
+    """
 
     async def write(self, data: bytes | memoryview) -> None:
         """Append.  The buffer may be reused when this returns.  Not for concurrent use."""
@@ -196,7 +206,8 @@ class Remote(Protocol):
     ) -> AbstractAsyncContextManager[FileWriter]:
         """Write a large file: bytes go to ``.<ms>.<name>.tmp`` beside it until ``commit``.
 
-        On an immutable remote they go to the final name at once, which must be free.  A
+        On an immutable remote they go to the final name at once, which must be free; on an
+        object store to an upload that nothing shows, which the commit completes.  A
         name already taken is told on entering when ``exclusive``, and decided by ``commit``.
         """
         ...
@@ -224,7 +235,7 @@ class Remote(Protocol):
         Parent directories of ``new`` are made, but not for a missing ``old``.  Durable together
         on return; a crash, an error or a cancel may leave any of them done, each whole: a crash
         may show both names, never neither.  Other errors end it at once, with those before done
-        and durable.
+        and durable; on an object store some of those behind may be done too.
         """
         ...
 
@@ -254,11 +265,15 @@ class Remote(Protocol):
         Waits up to ``wait`` seconds, then raises ``Busy`` naming the holder when known.
         ``owner`` says who we are (the run's task id) in the other side's message.  Released
         on leaving, also on cancel.  When it is lost the block is cancelled and ``Busy`` raised.
-        Deciding that an apparently abandoned lock is stale may take 10 s beyond ``wait``.
+        Deciding that an apparently abandoned lock is stale may take 10 s beyond ``wait``, 30 s
+        on an object store.
         """
         ...
 
     async def info(self) -> RemoteInfo: ...
+
+    # Object stores have two more, for ``remote.test`` and statistics:
+    # ``async capabilities() -> Mapping[str, Any]``, ``requests() -> Mapping[str, int]``.
 
     async def aclose(self) -> None: ...
 

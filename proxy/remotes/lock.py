@@ -22,186 +22,63 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import socket
 import stat
+import threading
 import time
-from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import trio
-
-from proxy.errors import Busy, ProxyError, Refused, Unreachable
+from proxy.errors import Unreachable
 from proxy.remotes import paths
+from proxy.remotes.holding import held, parse_record
+from proxy.remotes.locking import LONGEST_RECORD, MTIME_TOLERANCE, RACES, KeptLock, Seen
 from proxy.remotes.syscalls import rename_no_replace
-from proxy.runtime.deadlines import undo_within
-from proxy.runtime.threads import Work, in_thread
-from proxy.runtime.trouble import tell_trouble
+from proxy.runtime.threads import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from proxy.remotes.holding import Holder
     from proxy.remotes.interface import Lock
     from proxy.remotes.posix import Root
-
-REFRESH_SECONDS = 5.0
-STALE_SECONDS = 10.0
-_RETRY_SECONDS = 1.0
-_POLL_SECONDS = 0.5
-_RELEASE_SECONDS = 10.0
-_MTIME_TOLERANCE = 2.0
-"""Seconds; FAT keeps even seconds only, and servers round what they are told."""
-_LONGEST_RECORD = 4096
-_RACES = 20
-"""Rounds of 'taken' and then 'not there' before we give up."""
-
-
-_left_behind: set[tuple[int, int, int]] = set()
-"""The identities of locks of this process that nobody holds but that could not be removed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a lock.  ``boot`` and ``namespace`` say where ``pid`` means something."""
-
-    host: str
-    pid: int
-    started: int
-    """Start of the process in clock ticks since boot: tells a reused pid."""
-    boot: str
-    namespace: int
-    owner: str
-    since: float
-
-    def __str__(self) -> str:
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.since))
-        return f"{self.owner} (process {self.pid} on {self.host}) since {when}"
-
-    def is_dead(self) -> bool:
-        """True only where this machine can know it."""
-        here = _ourselves()
-        if (self.boot, self.namespace) != (here["boot"], here["namespace"]):
-            return False
-        return _start_of(self.pid) != self.started
+    from proxy.runtime.threads import Threads
 
 
 @contextlib.asynccontextmanager
-async def hold(root: Root, path: str, *, owner: str, wait: float = 0) -> AsyncIterator[Lock]:
-    """Hold the lock of ``path`` for the block; see :meth:`Remote.lock`.
-
-    When the lock is lost the block is cancelled and ``Busy`` raised in its place.  Deciding
-    that an apparently abandoned lock is stale may take :data:`STALE_SECONDS` beyond ``wait``.
-    """
-    lock = DirectoryLock(root, path, owner)
-    failure: BaseException | None = None
-    try:
-        await lock.acquire(wait)
-        body = trio.CancelScope()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(lock.keep_fresh, body)
-            try:
-                with body:
-                    yield lock
-            except BaseException as error:  # noqa: BLE001 (raised below, out of the nursery's group)
-                failure = error
-            nursery.cancel_scope.cancel()
-    finally:
-        await _release(lock)
-        if failure is not None:
-            raise failure
-    if lock.lost is not None:
-        raise lock.lost
+async def hold(
+    root: Root, path: str, *, owner: str, wait: float = 0, threads: Threads = SHARED
+) -> AsyncIterator[Lock]:
+    """Hold the lock of ``path`` for the block; see :func:`proxy.remotes.holding.held`."""
+    async with held(DirectoryLock(root, path, owner, threads), wait) as lock:
+        yield lock
 
 
-async def _release(lock: DirectoryLock) -> None:
-    try:
-        with undo_within(f"releasing the lock of '{lock.path}'", _RELEASE_SECONDS):
-            # abandoned on a remote that hangs: it removes only what is ours
-            await in_thread(Work.LOCK, lock.release, abandon=True)
-    except ProxyError as error:
-        # what was done under it is done; the next run of ours need not wait until it is stale
-        _left_behind.add(lock.identity)
-        tell_trouble("lock not released", error, path=lock.path)
+class DirectoryLock(KeptLock):
+    """The steps of a lock in a directory of this machine; every method blocks."""
 
-
-class DirectoryLock:
-    """The steps of a lock; every method without ``async`` blocks."""
-
-    def __init__(self, root: Root, path: str, owner: str) -> None:
-        self.path = paths.normalise(path)
-        if not self.path:
-            raise Refused("EBUSY: the root of a remote cannot be locked", code="EBUSY")
-        self.lost: Busy | None = None
+    def __init__(self, root: Root, path: str, owner: str, threads: Threads = SHARED) -> None:
+        super().__init__(path, owner, threads)
         self._root = root
-        self._owner = owner
-        self._directory = paths.parent(self.path)
-        name = paths.name(self.path)
-        self._name = f"{name}.lock"
-        self._record_name = f".{name}.lock-holder"
+        self._mutex = threading.Lock()
+        """A descriptor is never closed under a step that hangs."""
         self._descriptor: int | None = None
-        self.identity = (0, 0, 0)
         self._mtime_ns = 0
-        self._fresh_at = 0.0
 
-    @property
-    def held(self) -> bool:
-        return self._descriptor is not None
-
-    async def acquire(self, wait: float) -> None:
-        """Make the lock ours or raise ``Busy``.  On cancel :meth:`release` undoes it."""
-        until = trio.current_time() + wait
-        watched: tuple[tuple[int, int, int], float] | None = None
-        alive = False
-        while True:
-            seen = await in_thread(Work.LOCK, self._try)
-            if seen is None:
-                self._fresh_at = trio.current_time()
-                return
-            now = trio.current_time()
-            if watched is None or watched[0] != seen.identity:
-                alive = watched is not None
-                watched = (seen.identity, now)
-            elif now - watched[1] >= STALE_SECONDS:
-                if await in_thread(Work.LOCK, self._take_over, seen.identity):
-                    continue
-                watched = None
-            dead = seen.holder is not None and seen.holder.is_dead()
-            dead = dead or seen.identity in _left_behind
-            if dead and await in_thread(Work.LOCK, self._take_over, seen.identity):
-                _left_behind.discard(seen.identity)
-                continue
-            doubtful = not -_MTIME_TOLERANCE <= seen.age <= STALE_SECONDS
-            if now >= until and (alive or not doubtful):
-                raise self._busy(seen.holder)
-            await trio.sleep(_POLL_SECONDS)
-
-    def _busy(self, holder: Holder | None) -> Busy:
-        known = f" by {holder}" if holder else ""
-        way_out = "" if holder else ": another program is working there"
-        data: dict[str, Any] = {"path": self.path}
-        if holder is not None:
-            data["holder"] = asdict(holder)
-        return Busy(f"Lock file is already being held{known}{way_out}, '{self.path}'", data=data)
-
-    def _try(self) -> _Seen | None:
+    def _try(self) -> Seen | None:
         """``None`` when the lock is ours now, else what stands in the way."""
         with (
+            self._mutex,
             self._root.translated("lock", self.path),
             self._root.directory(self._directory, create=True) as here,
         ):
-            for _ in range(_RACES):
+            for _ in range(RACES):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(self._name, 0o755, dir_fd=here)
                     self._own(here)
                     return None
                 with contextlib.suppress(FileNotFoundError):  # released this moment
                     return self._look(here)
-        raise Busy(
-            f"Lock file is already being held: many want '{self.path}'", data={"path": self.path}
-        )
+        raise self.many_want_it()
 
     def _own(self, here: int) -> None:
         try:
@@ -217,12 +94,12 @@ class DirectoryLock:
                 os.rmdir(self._name, dir_fd=here)
             raise
 
-    def _look(self, here: int) -> _Seen:
+    def _look(self, here: int) -> Seen:
         status = os.lstat(self._name, dir_fd=here)
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "the lock is not a directory")
         age = self._clock_of_file_system(here) - status.st_mtime
-        return _Seen(_identity(status), age, self._read_record(here, status))
+        return Seen(_identity(status), age, self._read_record(here, status))
 
     def _clock_of_file_system(self, here: int) -> float:
         name = paths.temporary_name(self._name, time.time_ns() // 1_000_000)
@@ -261,7 +138,7 @@ class DirectoryLock:
             except OSError as error:
                 self._give_back(here, aside)
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise self._not_a_lock() from error
+                    raise self.not_a_lock() from error
                 raise
             self._give_back(here, aside)
             return False
@@ -273,59 +150,13 @@ class DirectoryLock:
         except FileExistsError:  # a third one was quicker; the owner of this one will notice
             os.rmdir(aside, dir_fd=here)
 
-    def _not_a_lock(self) -> Busy:
-        return Busy(
-            f"Lock file is already being held: '{self.path}.lock' is old but holds files, which "
-            "no lock does; look at them and remove it by hand",
-            data={"path": self.path},
-        )
-
     # -- keeping
-
-    async def keep_fresh(self, body: trio.CancelScope) -> None:
-        """Refresh until cancelled; on loss remember why and cancel ``body``."""
-        pause = REFRESH_SECONDS
-        while True:
-            await trio.sleep(pause)
-            pause = REFRESH_SECONDS
-            try:
-                await self._refresh()
-            except Busy:
-                body.cancel()
-                return
-            except ProxyError as error:
-                if trio.current_time() - self._fresh_at < STALE_SECONDS - _RETRY_SECONDS:
-                    pause = _RETRY_SECONDS
-                    continue
-                self._lose(f"it could not be refreshed: {error.message}")
-                body.cancel()
-                return
-
-    async def check(self) -> None:
-        """Raise ``Busy`` if the lock was lost, else refresh it."""
-        await self._refresh()
-
-    async def _refresh(self) -> None:
-        if self.lost is None:
-            now = trio.current_time()
-            reason = await in_thread(Work.LOCK, self._refresh_now)
-            if reason is None:
-                self._fresh_at = now
-                return
-            self._lose(reason)
-        if self.lost is not None:
-            raise self.lost
-
-    def _lose(self, reason: str) -> None:
-        self.lost = self.lost or Busy(
-            f"the lock of '{self.path}' was lost: {reason}; what was being done was stopped",
-            data={"path": self.path},
-        )
 
     def _refresh_now(self) -> str | None:
         """Why the lock is no longer ours, ``None`` while it is."""
         try:
             with (
+                self._mutex,
                 self._root.translated("lock", self.path),
                 self._root.directory(self._directory) as here,
             ):
@@ -347,7 +178,7 @@ class DirectoryLock:
             return "its directory is gone"
         if not os.path.samestat(ours, there):
             return "somebody else took it over"
-        if abs(ours.st_mtime_ns - self._mtime_ns) > _MTIME_TOLERANCE * 1e9:
+        if abs(ours.st_mtime_ns - self._mtime_ns) > MTIME_TOLERANCE * 1e9:
             return "somebody else refreshes it"
         return None
 
@@ -367,33 +198,33 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Remove the lock if it is ours.  Idempotent."""
-        if self._descriptor is None:
-            return
-        try:
-            with (
-                self._root.translated("unlock", self.path),
-                self._root.directory(self._directory) as here,
-            ):
-                if self._not_ours(here) in (None, "somebody else refreshes it"):
-                    with contextlib.suppress(OSError):
-                        os.unlink(self._record_name, dir_fd=here)
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rmdir(self._name, dir_fd=here)
-        finally:
-            descriptor, self._descriptor = self._descriptor, None
-            os.close(descriptor)
+        with self._mutex:
+            if self._descriptor is None:
+                return
+            try:
+                with (
+                    self._root.translated("unlock", self.path),
+                    self._root.directory(self._directory) as here,
+                ):
+                    if self._not_ours(here) in (None, "somebody else refreshes it"):
+                        with contextlib.suppress(OSError):
+                            os.unlink(self._record_name, dir_fd=here)
+                        with contextlib.suppress(FileNotFoundError):
+                            os.rmdir(self._name, dir_fd=here)
+            finally:
+                descriptor, self._descriptor = self._descriptor, None
+                os.close(descriptor)
 
     # -- the record of the holder
 
     def _write_record(self, here: int) -> None:
         with contextlib.suppress(OSError):  # only information: no reason to fail a backup
-            record = Holder(**_ourselves(), owner=self._owner, since=self._mtime_ns / 1e9)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._record_name, dir_fd=here)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(self._record_name, flags, 0o644, dir_fd=here)
             try:
-                os.write(descriptor, json.dumps(asdict(record)).encode()[:_LONGEST_RECORD])
+                os.write(descriptor, self.record(self._mtime_ns / 1e9))
                 os.utime(descriptor, ns=(self._mtime_ns, self._mtime_ns))
             finally:
                 os.close(descriptor)
@@ -406,66 +237,14 @@ class DirectoryLock:
             return None
         try:
             status = os.fstat(descriptor)
-            if abs(status.st_mtime_ns - lock.st_mtime_ns) > _MTIME_TOLERANCE * 1e9:
+            if abs(status.st_mtime_ns - lock.st_mtime_ns) > MTIME_TOLERANCE * 1e9:
                 return None
-            return _parse_record(os.read(descriptor, _LONGEST_RECORD))
+            return parse_record(os.read(descriptor, LONGEST_RECORD))
         except OSError:
             return None
         finally:
             os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    identity: tuple[int, int, int]
-    age: float
-    """Seconds by the file system's clock; negative when the mtime lies in its future."""
-    holder: Holder | None
-
-
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
-
-
-def _parse_record(text: bytes) -> Holder | None:
-    """``None`` for anything that is not a record: anybody may write on a remote."""
-    try:
-        value: dict[str, Any] = json.loads(text)
-        return Holder(
-            host=str(value["host"])[:255],
-            pid=int(value["pid"]),
-            started=int(value["started"]),
-            boot=str(value["boot"])[:64],
-            namespace=int(value["namespace"]),
-            owner=str(value["owner"])[:255],
-            since=float(value["since"]),
-        )
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        return None
-
-
-@cache
-def _ourselves() -> dict[str, Any]:
-    pid = os.getpid()
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        boot, namespace = "", 0
-    return {
-        "host": socket.gethostname(),
-        "pid": pid,
-        "started": _start_of(pid) or 0,
-        "boot": boot,
-        "namespace": namespace,
-    }
-
-
-def _start_of(pid: int) -> int | None:
-    """When the process started, ``None`` when there is none."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    # the command's name stands in parentheses and may hold anything
-    return int(status.rpartition(")")[2].split()[19])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from proxy.errors import Corrupt
 from proxy.remotes import paths
 from proxy.remotes.posix import sync_directory
 from proxy.remotes.syscalls import SYNC_AND_WAIT, SYNC_START, rename_no_replace, sync_range
+from proxy.runtime.threads import stop_if_abandoned
 
 if TYPE_CHECKING:
     from proxy.remotes.posix import Root
@@ -39,7 +41,9 @@ def write_whole(
 
 
 class NewFile:
-    """A file from its first byte to its final name.  For one thread at a time.
+    """A file from its first byte to its final name.  For one task at a time; threads that
+    overlap wait for each other, so that :meth:`discard` never takes the descriptor from under
+    one that hangs.
 
     ``in_place`` is for remotes whose files cannot be renamed: the bytes go to the final name
     at once, which must be free.  :meth:`discard` may be called at any time, more than once.
@@ -49,6 +53,7 @@ class NewFile:
         self.path = paths.normalise(path)
         self.temporary_path = self.path
         self._root = root
+        self._mutex = threading.Lock()
         self._exclusive = exclusive
         self._in_place = in_place
         self._stack = contextlib.ExitStack()
@@ -62,11 +67,14 @@ class NewFile:
         self._early_writeback = True
         self._exists = False
         self._synced = False
+        self._torn = False
+        """A write did not end well: what the file holds is not what its caller gave."""
 
     def open(self) -> None:
-        with self._root.translated("open", self.path):
+        with self._mutex, self._root.translated("open", self.path):
             here, _ = self._stack.enter_context(self._root.parent(self.path, create=True))
             self._directory = here
+            stop_if_abandoned()
             if self._in_place:
                 self._create(here, self._name)
                 return
@@ -101,16 +109,20 @@ class NewFile:
         fast as leaving it all to the last fsync, which then takes no time, and a backup
         larger than the memory does not push everything else out of it.
         """
-        assert self._descriptor is not None, "not open"
-        self._synced = False
-        with self._root.translated("write", self.path):
+        with self._mutex, self._root.translated("write", self.path):
+            assert self._descriptor is not None, "not open"
+            self._synced = False
+            was_torn, self._torn = self._torn, True
             rest = memoryview(data).cast("B")
             while rest:
+                stop_if_abandoned()
                 written = os.write(self._descriptor, rest)
                 self._size += written
                 rest = rest[written:]
+            stop_if_abandoned()
             if self._early_writeback and self._size - self._started >= _WINDOW:
                 self._write_back(self._descriptor)
+            self._torn = was_torn
 
     def _write_back(self, descriptor: int) -> None:
         start, self._started = self._started, self._size
@@ -128,27 +140,34 @@ class NewFile:
         After a failed fsync the kernel calls the lost pages clean and a second one succeeds:
         the file is closed for good, and :meth:`publish` refuses.
         """
-        assert self._descriptor is not None, "not open"
-        descriptor = self._descriptor
-        with self._root.translated("fsync", self.path):
+        with self._mutex, self._root.translated("fsync", self.path):
+            stop_if_abandoned()
+            assert self._descriptor is not None, "not open"
+            if self._torn:
+                raise Corrupt(
+                    f"'{self.path}' is not whole: a write to it has failed",
+                    data={"path": self.path},
+                )
+            descriptor = self._descriptor
             try:
                 os.fsync(descriptor)
                 size = os.fstat(descriptor).st_size
             finally:
                 self._descriptor = None
                 os.close(descriptor)  # NFS reports the last write errors here
-        if size != self._size:
-            raise Corrupt(
-                f"'{self.path}' has {size} bytes after {self._size} were written",
-                data={"path": self.path, "size": size, "expected": self._size},
-            )
-        self._synced = True
+            if size != self._size:
+                raise Corrupt(
+                    f"'{self.path}' has {size} bytes after {self._size} were written",
+                    data={"path": self.path, "size": size, "expected": self._size},
+                )
+            self._synced = True
 
     def publish(self) -> None:
         """Give the file its final name, durably; only after :meth:`sync`."""
-        assert self._synced, "published before its bytes are durable"
-        assert self._directory is not None, "not open"
-        with self._root.translated("rename", self.path):
+        with self._mutex, self._root.translated("rename", self.path):
+            stop_if_abandoned()
+            assert self._synced, "published before its bytes are durable"
+            assert self._directory is not None, "not open"
             if not self._in_place:
                 if self._exclusive:
                     _rename_to_free_name(self._directory, self._written_name, self._name)
@@ -164,19 +183,20 @@ class NewFile:
 
     def discard(self) -> None:
         """Close, and unlink what was not published."""
-        try:
-            if self._descriptor is not None:
-                descriptor, self._descriptor = self._descriptor, None
-                with contextlib.suppress(OSError):  # its bytes are thrown away
-                    os.close(descriptor)
-            if self._exists and self._directory is not None:
-                with self._root.translated("unlink", self.temporary_path):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(self._written_name, dir_fd=self._directory)
-                    self._exists = False
-        finally:
-            self._directory = None
-            self._stack.close()
+        with self._mutex:
+            try:
+                if self._descriptor is not None:
+                    descriptor, self._descriptor = self._descriptor, None
+                    with contextlib.suppress(OSError):  # its bytes are thrown away
+                        os.close(descriptor)
+                if self._exists and self._directory is not None:
+                    with self._root.translated("unlink", self.temporary_path):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.unlink(self._written_name, dir_fd=self._directory)
+                        self._exists = False
+            finally:
+                self._directory = None
+                self._stack.close()
 
 
 def _rename_to_free_name(directory: int, old: str, new: str) -> None:

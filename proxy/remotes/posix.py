@@ -26,9 +26,10 @@ from proxy.errors import Corrupt, ProxyError, Refused, Unreachable, from_os_erro
 from proxy.remotes import paths
 from proxy.remotes.interface import Entry, FileStat, RemoteInfo
 from proxy.remotes.syscalls import UNSUPPORTED, open_beneath
+from proxy.runtime.threads import stop_if_abandoned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -36,8 +37,15 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Root:
     """The open root of a remote.  Thread-safe; after :meth:`close` everything is refused."""
 
-    def __init__(self, path: str, *, directory_mode: int = 0o700) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        directory_mode: int = 0o700,
+        check: Callable[[int], None] | None = None,
+    ) -> None:
         self._path = path
+        self._check = check
         self._mode = directory_mode
         self._mutex = threading.Lock()
         self._descriptor: int | None = None
@@ -52,6 +60,8 @@ class Root:
             Path(self._path).mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
+                if self._check is not None:
+                    self._check(descriptor)
                 # What is mounted read-only can still be restored from; writing it is EROFS.
                 read_only = os.fstatvfs(descriptor).f_flag & os.ST_RDONLY
                 wanted = os.R_OK | os.X_OK | (0 if read_only else os.W_OK)
@@ -255,6 +265,7 @@ class Root:
         with self.translated("rename", old), self.parent(old) as (source, old_name):
             os.lstat(old_name, dir_fd=source)  # a missing source makes no directories
             with self.parent(new, create=True) as (target, new_name):
+                stop_if_abandoned()
                 os.rename(old_name, new_name, src_dir_fd=source, dst_dir_fd=target)
                 # the new name first: after a crash both may exist, never neither
                 sync_directory(target)
@@ -265,6 +276,7 @@ class Root:
         """Durable on return: what was removed does not come back after a crash, when what
         it refers to may be gone."""
         with self.translated("unlink", path), self.parent(path) as (here, name):
+            stop_if_abandoned()
             os.unlink(name, dir_fd=here)
             sync_directory(here)
 
@@ -274,6 +286,7 @@ class Root:
 
     def rmdir(self, path: str) -> None:
         with self.translated("rmdir", path), self.parent(path) as (here, name):
+            stop_if_abandoned()
             os.rmdir(name, dir_fd=here)
             sync_directory(here)
 
@@ -284,6 +297,7 @@ class Root:
             with os.scandir(here) as found:
                 entries = [(item.name, item.is_dir(follow_symlinks=False)) for item in found]
             for name, is_dir in entries:
+                stop_if_abandoned()
                 if is_dir:
                     below.append(paths.join(path, name))
                 else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import Conflict, Corrupt, ProxyError
+from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused
+from proxy.remotes.wrapper import capabilities_of
 from proxy.runtime.deadlines import undo_within
-from proxy.runtime.secrets import scrub_text
+from proxy.runtime.secrets import scrub, scrub_text
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 
 TEST_SIZE = 10 * 1024 * 1024
 _UNDO_SECONDS = 10
+_TEST_IS_DEAD = 3600.0
+"""Seconds; Xen Orchestra gives a test up after one minute."""
+_ENCRYPTION = 64
+"""Bytes that encryption may add."""
+_LEFTOVER = re.compile(r"([0-9]{13})\.test")
 
 
 async def test_remote(opening: AbstractAsyncContextManager[Remote]) -> dict[str, Any]:
@@ -29,7 +37,12 @@ async def test_remote(opening: AbstractAsyncContextManager[Remote]) -> dict[str,
     ``{success: False, error}`` when it cannot be opened, with ``step`` (``write``, ``read``,
     ``unlink``) and ``file`` when a step fails.  ``error`` is the message itself: upstream
     answers an empty object there.  Only a cancel or a bug raises; the file is removed on a
-    cancel too.
+    cancel too.  ``capabilities`` are what the remote says of itself (object stores do);
+    ``warnings`` tell what is no failure, such as an immutable remote that keeps the file.
+
+    The bytes go the way of a backup's: on an encrypted remote they are encrypted, and writing
+    them takes the temporary name and the rename of every metadata file.  A file that a killed test
+    left behind is removed by a later one.
     """
     try:
         async with opening as remote:
@@ -62,11 +75,53 @@ async def _measure(remote: Remote) -> dict[str, Any]:
                 error.add_note(f"and the test file is left behind: {undo.message}")
             raise
         step = "unlink"
-        await _remove(remote, path)
+        warnings = await _end(remote, path)
     except ProxyError as error:
         text = ", ".join([error.message, *getattr(error, "__notes__", [])])
         return {"success": False, "step": step, "file": path, "error": scrub_text(text)}
-    return {"success": True, "writeRate": write_rate, "readRate": read_rate}
+    result: dict[str, Any] = {"success": True, "writeRate": write_rate, "readRate": read_rate}
+    try:
+        capabilities = await capabilities_of(remote)
+    except ProxyError as error:
+        warnings.append(f"it could not be asked what it can do: {scrub_text(error.message)}")
+    else:
+        if capabilities:
+            result["capabilities"] = scrub(dict(capabilities))
+    if warnings:
+        result["warnings"] = warnings
+    return result
+
+
+async def _end(remote: Remote, path: str) -> list[str]:
+    """Remove the file, and those of earlier tests; what stands in the way but is no failure."""
+    try:
+        await _remove(remote, path)
+    except Refused as error:
+        if not remote.is_immutable:
+            raise
+        return [f"the test file stays, as on an immutable remote: {scrub_text(error.message)}"]
+    try:
+        await _remove_leftovers(remote)
+    except ProxyError as error:
+        return [f"what an earlier test left could not be removed: {scrub_text(error.message)}"]
+    return []
+
+
+async def _remove_leftovers(remote: Remote) -> None:
+    """Test files of ours or of Xen Orchestra whose test cannot be alive any more.
+
+    By name, size and both times: of the name, which is its writer's clock, and of the file, which
+    is the storage's.
+    """
+    oldest = time.time() - _TEST_IS_DEAD
+    for entry in await remote.list("/"):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or entry.is_dir or int(match[1]) / 1000 > oldest:
+            continue
+        with contextlib.suppress(NotFound):
+            found = await remote.stat(entry.name)
+            if found.mtime <= oldest and found.size <= TEST_SIZE + _ENCRYPTION:
+                await _remove(remote, f"/{entry.name}")
 
 
 async def _remove(remote: Remote, path: str) -> None:

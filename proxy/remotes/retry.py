@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
 import trio
 
 from proxy.errors import NotFound, ProxyError, Unreachable
@@ -25,16 +26,44 @@ T = TypeVar("T")
 
 WAITS = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Seconds between the tries, upstream's."""
+_SILENCE = 30.0
+
+_log = structlog.get_logger(__name__)
 
 _REPEATABLE = frozenset(
     {
         *("read_file", "read.open", "read.read_into", "read.read_at", "read.read_into_at"),
-        *("list", "stat", "info"),
+        *("list", "stat", "info", "capabilities"),
         *("write_file", "create.open", "rename", "unlink", "mktree", "rmdir", "rmtree"),
         *("edit.open", "edit.read_into", "edit.write_at", "edit.truncate", "batch.open"),
         *("batch.write", "lock.check"),
     }
 )
+
+
+class Told:
+    """Tells the daemon's log that a remote fails, now and then: a dead one fails a thousand
+    times a minute."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._silent_until = float("-inf")
+        self._more = 0
+
+    def __call__(self, operation: Operation, error: ProxyError) -> None:
+        now = trio.current_time()
+        if now < self._silent_until:
+            self._more += 1
+            return
+        _log.warning(
+            "an operation on a remote failed and is tried again",
+            remote=self._url,
+            verb=operation.verb,
+            path=operation.path,
+            error=error.message,
+            more=self._more,
+        )
+        self._silent_until, self._more = now + _SILENCE, 0
 
 
 class Retry(Wrapper):
@@ -57,6 +86,8 @@ class Retry(Wrapper):
                 try:
                     return await run()
                 except Unreachable as error:
+                    if "retryIn" in error.data:  # whoever failed it knows that it is too early
+                        raise
                     if self._told is not None:
                         self._told(operation, error)
                 await trio.sleep(wait)

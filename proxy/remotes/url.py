@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Mapping  # noqa: TC003 (dataclass fields are read at run time)
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import parse_qsl, quote, unquote
 
 from proxy.errors import Refused
@@ -26,6 +26,9 @@ from proxy.runtime.secrets import HIDDEN, remember, remember_in, scrub
 _LONGEST = 64 * 1024
 _UNRESERVED = "-_.!~*'()"
 """What JavaScript's encodeURIComponent leaves alone, besides letters and digits."""
+
+PLACEHOLDER = "obfuscated-q3oi6d9X8uenGvdLnHk2"
+"""What Xen Orchestra shows in place of a secret (@vates/obfuscate)."""
 
 SUPPORTED_TYPES = ("file", "nfs", "smb", "s3", "s3+http", "azure", "azurite", "azurite+http")
 
@@ -196,6 +199,35 @@ def parse_url(url: str) -> RemoteUrl:
 
     Raises ``Refused`` (``EINVAL``); of an unknown type with upstream's message.
     """
+    parsed = _parse(url)
+    for part in ("username", "password"):
+        refuse_placeholder(part, getattr(parsed, part, None))
+    refuse_placeholder("query", parsed.options)
+    return parsed
+
+
+def refuse_placeholder(part: str, value: object) -> None:
+    """Raise ``Refused`` when ``value`` (JSON) holds :data:`PLACEHOLDER` anywhere.
+
+    With it as a password a remote only fails; with it as a key it would be *encrypted* by a
+    key that everybody knows.
+    """
+    # recursion ends: the JSON that reaches this was decoded by a recursive decoder
+    if isinstance(value, dict):
+        for key, item in cast("dict[str, object]", value).items():
+            refuse_placeholder(str(key), item)
+    elif isinstance(value, list):
+        for item in cast("list[object]", value):
+            refuse_placeholder(part, item)
+    elif value == PLACEHOLDER:
+        raise _wrong(
+            part[:64],
+            "is what Xen Orchestra shows in place of a secret, not the secret: "
+            "enter it again in the settings of the remote",
+        )
+
+
+def _parse(url: str) -> RemoteUrl:
     if len(url) > _LONGEST:
         raise _wrong("url", f"is longer than {_LONGEST} characters")
     try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.errors import ProxyError
@@ -61,6 +61,55 @@ class Operation:
     """Of writes: do it with the first so many bytes alone."""
 
 
+async def capabilities_of(remote: Remote) -> Mapping[str, Any]:
+    """What a remote says of itself beyond the interface, as JSON values; empty when nothing.
+
+    Object stores have ``async def capabilities()``: it asks the store and may fail as any
+    operation does.
+    """
+    asked = getattr(remote, "capabilities", None)
+    return {} if asked is None else await asked()
+
+
+def requests_of(remote: Remote) -> Mapping[str, int]:
+    """How many requests a remote has sent since it was opened, by its protocol's verb.
+
+    Empty for remotes that are no network protocol of ours.
+    """
+    asked = getattr(remote, "requests", None)
+    return {} if asked is None else asked()
+
+
+def innermost(remote: Remote) -> Remote:
+    """What is left of ``remote`` without wrappers."""
+    while isinstance(remote, Wrapper):
+        remote = remote.inner
+    return remote
+
+
+def tries_again(remote: Remote) -> bool:
+    """Whether the storage itself repeats what fails for a reason that passes: one try inside
+    another would multiply the waits."""
+    return getattr(innermost(remote), "tries_again", False)
+
+
+def bounds_itself(remote: Remote) -> bool:
+    """Whether the storage itself ends what hangs, step by step: a second deadline around it
+    would take its own from it."""
+    return getattr(innermost(remote), "bounds_itself", False)
+
+
+async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
+    """Of each file, whether the storage refuses to change it *now*: tried, and without effect.
+
+    For files that somebody else protects (``chattr +i``, a read-only export).  A remote that
+    cannot tell, and a file that cannot be looked at, give ``False``: nobody may believe that they
+    are safe.  Remotes that can tell have ``async def protected(files)``.
+    """
+    asked = getattr(remote, "protected", None)
+    return [False] * len(files) if asked is None else await asked(files)
+
+
 class Wrapper:
     """Passes everything to ``inner``; see :class:`proxy.remotes.interface.Remote`."""
 
@@ -70,6 +119,21 @@ class Wrapper:
         self.is_encrypted = inner.is_encrypted
         self.is_immutable = inner.is_immutable
         self.use_vhd_directory = inner.use_vhd_directory
+
+    async def capabilities(self) -> Mapping[str, Any]:
+        """See :func:`capabilities_of`."""
+        return await self.around(Operation("capabilities", ""), lambda: capabilities_of(self.inner))
+
+    def requests(self) -> Mapping[str, int]:
+        """See :func:`requests_of`."""
+        return requests_of(self.inner)
+
+    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
+        """See :func:`protected_of`."""
+        return await self.around(
+            Operation("protected", files[0] if files else ""),
+            lambda: protected_of(self.inner, files),
+        )
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
         """Do ``operation`` by awaiting ``run()`` and return its result."""

@@ -20,6 +20,7 @@ from proxy.repository.cache import cached_count, read_directory, refresh_cache
 from proxy.repository.delta_clean import DeltaClean, silent
 from proxy.repository.merge_queue import forget_queued
 from proxy.repository.paths import CACHE_NAME, is_metadata_name, vm_directory, xva_name
+from proxy.repository.removals import Removals
 from proxy.repository.xva_check import is_valid_xva
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ async def clean_vm(
     anywhere and run again.
     """
     found = await read_directory(remote, vm_uuid, use_cache=False)
-    clean = _Clean(remote, vm_uuid, found, lock, warn)
+    removals = Removals(remote, lock, warn, older_than=now() - min_age)
+    clean = _Clean(remote, vm_uuid, found, removals, warn)
     await clean.check_cache()
     for name, error in found.unreadable.items():
         warn(f"Issue loading {name}", {"error": error.message, "path": clean.path(name)})
@@ -84,11 +86,11 @@ async def clean_vm(
         lock=lock,
         warn=warn,
         merging=progress if merge else None,
-        older_than=now() - min_age,
+        removals=removals,
     )
     await disks.run()
     for name in clean.orphans():
-        await clean.remove_orphan(name, older_than=now() - min_age)
+        await clean.remove_orphan(name)
     try:
         await refresh_cache(remote, vm_uuid, disks.changed)
     except ProxyError as error:
@@ -108,15 +110,15 @@ class _Clean:
     """One clean of one directory."""
 
     def __init__(
-        self, remote: Remote, vm_uuid: str, found: Directory, lock: Lock, warn: Warn
+        self, remote: Remote, vm_uuid: str, found: Directory, removals: Removals, warn: Warn
     ) -> None:
         self._remote = remote
         self._vm_uuid = vm_uuid
         self._directory = vm_directory(vm_uuid)
         self._found = found
         self._names = frozenset(found.names)
-        self._lock = lock
         self._warn = warn
+        self._removals = removals
 
     def path(self, name: str) -> str:
         return f"{self._directory}/{name}"
@@ -172,8 +174,8 @@ class _Clean:
         self._warn("XVA is missing", {"path": self.path(xva)})
         if self._remote.is_immutable:
             return  # the storage promised to keep the data: it is the look-up that is wrong
-        if await self._remove(backup.id):
-            await self._remove(self.path(f"{xva}.checksum"))
+        if await self._removals.remove(backup.id):
+            await self._removals.remove(self.path(f"{xva}.checksum"))
 
     def orphans(self) -> list[str]:
         """Names that no metadata explains: temporary files and data of missing metadata."""
@@ -190,20 +192,20 @@ class _Clean:
             return f"{data['stem']}.xva" not in needed
         return _TEMPORARY.fullmatch(name) is not None
 
-    async def remove_orphan(self, name: str, *, older_than: float) -> None:
+    async def remove_orphan(self, name: str) -> None:
         try:
             stat = await self._remote.stat(self.path(name))
         except NotFound:
             return
         except ProxyError as error:
-            self._failed(self.path(name), error)
+            self._removals.failed(self.path(name), error)
             return
-        if stat.is_dir or stat.mtime > older_than:
+        if stat.is_dir or stat.mtime > self._removals.older_than:
             return
         data = _DATA.fullmatch(name)
         if data is not None and await self._may_exist(self.path(f"{data['stem']}.json")):
             return
-        await self._remove(self.path(name))
+        await self._removals.remove(self.path(name))
 
     async def _may_exist(self, path: str) -> bool:
         """Asked again right before its data is removed; any doubt says yes."""
@@ -214,16 +216,3 @@ class _Clean:
         except ProxyError:
             return True
         return True
-
-    async def _remove(self, path: str) -> bool:
-        await self._lock.check()
-        try:
-            await self._remote.unlink(path)
-        except ProxyError as error:
-            self._failed(path, error)
-            return False
-        return True
-
-    def _failed(self, path: str, error: ProxyError) -> None:
-        name = path.rpartition("/")[2]
-        self._warn(f"Issue removing {name}", {"error": error.message, "path": path})

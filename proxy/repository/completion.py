@@ -89,13 +89,23 @@ class Completion:
             tell_trouble("an unfinished backup is left", error, path=what)
 
 
+async def names_in(remote: Remote, directory: str) -> list[str]:
+    """None for a directory that is missing: on an object store it is while it holds nothing."""
+    try:
+        return [entry.name for entry in await remote.list(directory)]
+    except NotFound as error:
+        if error.code != "ENOENT":
+            raise
+        return []
+
+
 async def free_date(remote: Remote, directory: str, timestamp_ms: float, *, after: str = "") -> str:
     """The first date name from ``timestamp_ms`` on that nothing in ``directory`` has.
 
     It also sorts behind ``after``.  A temporary file and an orphan take a name too: their
     writer may still live where the storage has no locks.
     """
-    names = [entry.name for entry in await remote.list(directory)]
+    names = await names_in(remote, directory)
     taken = {match[0] for name in names for match in DATE_NAME.finditer(name)}
     for seconds in range(_FREE_SECONDS):
         date = date_name(timestamp_ms + seconds * 1000)

@@ -10,6 +10,7 @@ import structlog
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.repository.cache import read_directory, refresh_cache
 from proxy.repository.clean import clean_vm
+from proxy.repository.immutability import is_protection
 from proxy.repository.locks import lock_vm
 from proxy.repository.metadata import Backup, read_backup
 from proxy.repository.paths import backup_path, split_backup_path, vm_directory, xva_name
@@ -47,7 +48,9 @@ async def delete_backups(
     clean.  The disks of delta backups always are: a run cleans by itself, for a client it is
     done here, without merging.  A cancel lets the backup at hand be
     removed whole and strikes before the next.  A failed removal does not stop the
-    others and is raised at the end, ``Many`` when there are several.
+    others and is raised at the end, ``Many`` when there are several.  One that the storage
+    protects is ``Refused`` (``EPERM``): it stays whole and listed, or is unlisted and its data
+    waits for a clean.
     """
     by_vm: dict[str, list[str]] = {}
     for filename in filenames:
@@ -137,6 +140,21 @@ def _data_of(backup: Backup, needed: set[str | None]) -> list[str]:
     return [f"{directory}/{name}", f"{directory}/{name}.checksum"]
 
 
+async def _delete_one(remote: Remote, backup: Backup, data: Sequence[str]) -> None:
+    outcome = "it is protected and stays as it is until that ends"
+    try:
+        await remote.unlink(backup.id)
+        outcome = "it is no backup any more; a clean removes its data when the protection ends"
+        for path in data:
+            await remote.unlink(path)
+    except Refused as error:
+        if not is_protection(error):
+            raise
+        raise Refused(
+            f"{error.message}: {outcome}", code=error.code, data={**error.data, "id": backup.id}
+        ) from error
+
+
 async def _delete_of_vm(
     remote: Remote, vm_uuid: str, plan: Sequence[tuple[Backup, list[str]]], lock: Lock
 ) -> list[ProxyError]:
@@ -149,9 +167,7 @@ async def _delete_of_vm(
             break  # the directory is somebody else's now
         try:
             with undo_within(f"deleting {backup.id}", _ONE_SECONDS):
-                await remote.unlink(backup.id)
-                for path in data:
-                    await remote.unlink(path)
+                await _delete_one(remote, backup, data)
         except ProxyError as error:
             errors.append(error)
     try:

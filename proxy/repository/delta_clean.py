@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.disks.merge import merge_chain
-from proxy.disks.merge_state import Phase, is_disk_name, remove_state
+from proxy.disks.merge_state import Phase, Step, is_disk_name, remove_state
 from proxy.errors import Busy, NotFound, ProxyError
 from proxy.remotes import paths
+from proxy.remotes.wrapper import protected_of
 from proxy.repository.checksums import merging_checksums
+from proxy.repository.immutability import is_declared, is_protection
 from proxy.repository.lineage import read_lineage, stored_disk
 from proxy.repository.metadata import LIMIT, with_disks
 from proxy.repository.paths import DISKS_NAME, vm_directory
 from proxy.repository.planning import plan
-from proxy.repository.removals import Removals
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from proxy.repository.chains import Lineage, StoredDisk
     from proxy.repository.metadata import Backup
     from proxy.repository.planning import Plan
-    from proxy.repository.removals import Warn
+    from proxy.repository.removals import Removals, Warn
 
     Merging = Callable[[Sequence[str]], AbstractAsyncContextManager[Progress | None]]
 
@@ -75,7 +76,7 @@ class DeltaClean:
         lock: Lock,
         warn: Warn,
         merging: Merging | None,
-        older_than: float,
+        removals: Removals,
     ) -> None:
         """``merging`` is entered around each merge with its chain; ``None``: merge nothing."""
         self._remote = remote
@@ -84,7 +85,7 @@ class DeltaClean:
         self._lock = lock
         self._warn = warn
         self._merging = None if remote.is_immutable else merging
-        self._removals = Removals(remote, lock, warn, older_than=older_than)
+        self._removals = removals
         self._lineages: dict[str, Lineage | None] = {}
         """By VDI directory; ``None`` where it could not be looked at."""
         self._disks: dict[str, StoredDisk] = {}
@@ -179,6 +180,8 @@ class DeltaClean:
         broken: list[str] = []
         for path in references.values():
             lineage = self._lineages.get(paths.parent(path))
+            if lineage is not None and _is_merged(lineage, path):
+                continue
             if lineage is None or any(
                 each in lineage.unreadable or each in lineage.dangling
                 for each in lineage.ancestors(path)
@@ -219,17 +222,8 @@ class DeltaClean:
         """Make the metadata that names ``disk`` say what its disks are now."""
         for metadata, references in self._references.items():
             if disk in references.values():
-                try:
+                with contextlib.suppress(NotFound):  # it was incomplete
                     await self._rewrite(metadata, references)
-                except Busy:
-                    raise
-                except NotFound:
-                    continue  # it was incomplete
-                except ProxyError as error:
-                    self._warn(
-                        f"Issue writing {paths.name(metadata)}",
-                        {"error": error.message, "path": metadata},
-                    )
 
     async def _rewrite(self, metadata: str, references: Mapping[str, str]) -> None:
         known = {
@@ -319,6 +313,9 @@ class DeltaClean:
     ) -> bool:
         """Whether it was done; an error is kept, and what was merged so far stays so."""
         assert self._merging is not None
+        if await is_declared(self._remote) and any(await protected_of(self._remote, chain)):
+            self._wait(chain, "protected against changes")
+            return False
         claims = self._claims(lineage)
         try:
             async with _limit(self._remote), self._merging(chain) as progress:
@@ -336,12 +333,23 @@ class DeltaClean:
         except Busy:
             raise
         except ProxyError as error:
-            self.errors.append(error)
+            if is_protection(error):
+                self._wait(chain, error.message)
+            else:
+                self.errors.append(error)
             return False
         return True
 
+    def _wait(self, chain: Sequence[str], why: str) -> None:
+        """Its disks can be read as they are; another clean merges them."""
+        self.pending = True
+        self._warn("the disks are protected, their merge waits", {"chain": chain, "error": why})
+
     async def _settle(self, chain: Sequence[str]) -> None:
-        """The merge is done: tell metadata, then forget the merge."""
+        """The merge is done: tell metadata, then forget the merge.
+
+        With metadata that cannot be written it is not done: the next clean tells it.
+        """
         for path in chain[:-1]:
             self._disks.pop(path, None)
         disk = await stored_disk(self._remote, chain[-1])
@@ -359,6 +367,20 @@ def _is_merging(lineage: Lineage, path: str) -> bool:
         oldest in chain
         or state.chain is None
         or any(paths.join(lineage.directory, name) in chain for name in state.chain)
+        for oldest, state in lineage.states.items()
+    )
+
+
+def _is_merged(lineage: Lineage, path: str) -> bool:
+    """Whether all of ``path`` is in the oldest disk of its merge already, so that it may be
+    half removed."""
+    return any(
+        state.step is Step.CLEANUP
+        and state.chain is not None
+        and state.child_uuid is not None
+        and path == paths.join(lineage.directory, state.chain[-1])
+        and oldest in lineage.disks
+        and lineage.disks[oldest].uuid == state.child_uuid
         for oldest, state in lineage.states.items()
     )
 

@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Conflict, Corrupt, NotFound
+from proxy.remotes import paths
 from proxy.repository.completion import Completion, free_date
 from proxy.repository.metadata import encode_full
 from proxy.repository.paths import date_name, vm_directory
@@ -65,23 +66,30 @@ class FullBackupWriter:
         checkpoint.
         """
         content = encode_full(metadata, xva=self.xva_name, size=self.size)
-        if self._validator is not None:
-            await self._validator(self._file.temporary_path, self.size)
+        # what has no temporary name may not be readable before the commit; until the metadata is
+        # there it is no backup under its final name either
+        aside = paths.normalise(self._file.temporary_path) != paths.normalise(self._xva)
+        if aside:
+            await self._validate(self._file.temporary_path)
         self._named = True  # before the call: it may have an effect and still fail
         try:
             await self._file.commit()
         except Conflict:
             self._named = False  # the name is somebody else's, and so is what it names
             raise
+        if not aside:
+            await self._validate(self._xva)
         await self._check_size()
         if not self._remote.is_encrypted:
             await self._remote.write_file(self._checksum, b"$1$$" + checksum.hex().encode())
         return await self._completion.write(content)
 
+    async def _validate(self, path: str) -> None:
+        if self._validator is not None:
+            await self._validator(path, self.size)
+
     async def _check_size(self) -> None:
-        """Whether the storage holds what it said it wrote; encryption changes the size."""
-        if self._remote.is_encrypted:
-            return
+        """Whether the storage holds what it said it wrote."""
         size = (await self._remote.stat(self._xva)).size
         if size != self.size:
             raise Corrupt(
@@ -117,12 +125,14 @@ async def open_full_backup(
     backup of that name is a ``Conflict``.
 
     ``validator(path, size)`` runs before the data gets its final name and raises to refuse
-    it; ``path`` is where the bytes are at that moment.
+    it; ``path`` is where the bytes are at that moment.  Where nothing has a temporary name
+    (immutable remotes, object stores) it runs behind step 2 and before step 3.
 
     The order, and what a crash right after each step leaves:
 
     1. bytes into ``.<ms>.<TS>.xva``: a file that no listing shows; the clean removes it.
-       (An immutable remote writes to the final name: as 2.)
+       (An immutable remote writes to the final name: as 2.  An object store keeps an upload
+       in parts, which nothing shows.)
     2. fsync and rename to ``<TS>.xva``: data without metadata; the clean removes it.
     3. ``<TS>.xva.checksum``: the same.
     4. ``<TS>.json``, atomic, exclusive, durable: *from here on it is a backup*.

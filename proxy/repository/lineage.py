@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.disks.alias import LONGEST, is_alias, parse_alias
-from proxy.disks.merge_state import LIMIT, MergeState, disk_of_state, is_disk_name
+from proxy.disks.merge_state import MergeState, is_disk_name, read_states, state_path
 from proxy.disks.opening import open_disk
 from proxy.errors import Corrupt, NotFound, ProxyError
 from proxy.formats.vhd import stream_size
@@ -16,7 +16,7 @@ from proxy.remotes import paths
 from proxy.repository.chains import DATA, Lineage, StoredDisk, is_temporary, overlaps
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from proxy.remotes.interface import Entry, Remote
 
@@ -28,10 +28,17 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
     """Look at the VDI directory ``directory``.
 
     An error of the listing is raised; one of a disk, an alias or a state is in the answer.
+    A directory that is missing holds nothing: object stores have no empty ones.
     """
-    entries = await remote.list(directory)
+    try:
+        entries = await remote.list(directory)
+    except NotFound as error:
+        if error.code != "ENOENT":
+            raise
+        entries = []
     names = [entry.name for entry in entries]
-    states, bad_states = await _states(remote, directory, names)
+    merges = await read_states(remote, directory, names)
+    states = {disk: each for disk, each in merges.items() if isinstance(each, MergeState)}
     data = await _data(remote, directory, entries)
     disks = [paths.join(directory, name) for name in names if is_disk_name(name)]
     aliases, unreadable = await _aliases(remote, [path for path in disks if is_alias(path)])
@@ -41,7 +48,7 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
     async def look(path: str) -> None:
         try:
             found[path] = await stored_disk(
-                remote, path, target=aliases.get(path), is_unfinished=path in states
+                remote, path, target=aliases.get(path), is_unfinished=path in merges
             )
         except NotFound as error:
             target = aliases.get(path)
@@ -67,7 +74,11 @@ async def read_lineage(remote: Remote, directory: str) -> Lineage:
         dangling=dangling,
         aliases=aliases,
         states=states,
-        bad_states=bad_states,
+        bad_states={
+            state_path(disk): each
+            for disk, each in merges.items()
+            if not isinstance(each, MergeState)
+        },
         data=data,
         temporary=tuple(
             paths.join(directory, entry.name)
@@ -105,24 +116,6 @@ async def _each(items: Sequence[str], look: Callable[[str], Awaitable[None]]) ->
     async with trio.open_nursery() as nursery:
         for item in items:
             nursery.start_soon(one, item)
-
-
-async def _states(
-    remote: Remote, directory: str, names: Sequence[str]
-) -> tuple[Mapping[str, MergeState], Mapping[str, ProxyError]]:
-    states: dict[str, MergeState] = {}
-    bad: dict[str, ProxyError] = {}
-    for name in names:
-        disk = disk_of_state(name)
-        if disk is None:
-            continue
-        path = paths.join(directory, name)
-        try:
-            data = await remote.read_file(path, limit=LIMIT)
-            states[paths.join(directory, disk)] = MergeState.parse(data, path)
-        except ProxyError as error:
-            bad[path] = error
-    return states, bad
 
 
 async def _data(remote: Remote, directory: str, entries: Sequence[Entry]) -> Collection[str] | None:

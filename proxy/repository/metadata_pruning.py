@@ -10,8 +10,9 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Many, NotFound, ProxyError, Refused
+from proxy.errors import Many, NotFound, ProxyError
 from proxy.repository.clean import ORPHAN_AGE
+from proxy.repository.immutability import is_protection
 from proxy.repository.metadata_backup_paths import METADATA_NAME, metadata_backup_path
 from proxy.repository.metadata_backup_writer import lock_metadata
 from proxy.repository.metadata_backups import read_dated
@@ -64,7 +65,7 @@ async def prune_metadata(
         try:
             await _remove(remote, f"{directory}/{name}")
         except ProxyError as error:
-            if isinstance(error, Refused) and error.code == "EPERM":
+            if is_protection(error):
                 protected.append(f"{name}: {error.message}")
             else:
                 errors.append(error)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxy.disks.alias import is_alias
-from proxy.disks.merge_state import MergeState, Phase, Step, state_path
+from proxy.disks.merge_state import CUT, MergeState, Phase, Step, disk_of_state, state_path
 from proxy.remotes import paths
 from proxy.repository.chains import Lineage, StoredDisk, overlaps
 
@@ -141,6 +141,48 @@ class _Planner:
             self._merging |= set(chain)
             self.interrupted.append(Interrupted(chain, state, phase))
 
+        self._look_at_cut_states()
+
+    def _look_at_cut_states(self) -> None:
+        """A state that was being written in place when its writer died: of a merge that has
+        removed nothing yet, since what comes after that write was not reached.
+
+        Whichever disks it is about, they are among those from its oldest to the next one that
+        a backup names: merging all of these finds what is moved already.
+        """
+        for path, error in self._lineage.bad_states.items():
+            parent = paths.join(self._lineage.directory, disk_of_state(paths.name(path)) or "")
+            chain = self._linked_chain(parent) if error.data.get("what") == CUT else None
+            if chain is None or self._merging & set(chain):
+                self._stuck = True
+                continue
+            first, last = (self._lineage.disks[each] for each in (chain[1], chain[-1]))
+            state = MergeState(
+                chain=tuple(paths.name(each) for each in chain),
+                child_uuid=last.uuid,
+                parent_uuid=first.parent_uuid,
+            )
+            self._merging |= set(chain)
+            self.interrupted.append(Interrupted(chain, state, Phase.BLOCKS))
+
+    def _linked_chain(self, parent: str) -> tuple[str, ...] | None:
+        """From ``parent`` to the next disk that a backup names, if there is but one way."""
+        lineage = self._lineage
+        if parent not in lineage.disks or parent in self._active or lineage.unreadable:
+            return None
+        chain = [parent]
+        while chain[-1] not in self._active:
+            children = lineage.children(chain[-1])
+            if len(children) != 1 or children[0] in chain:
+                return None
+            chain.append(children[0])
+        disks = [lineage.disks[path] for path in chain]
+        links = [disk.parent_uuid == before.uuid for before, disk in itertools.pairwise(disks)]
+        # Its footer is the newest one's as soon as all blocks are there.
+        is_first = links[0] or disks[0].uuid in {disk.uuid for disk in disks[1:]}
+        owns = all(self._owns(path) for path in chain)
+        return tuple(chain) if is_first and all(links[1:]) and owns else None
+
     def _chain(self, parent: str, state: MergeState) -> tuple[str, ...] | None:
         """Very old states do not name the chain: two disks, the other one by uuid or link."""
         if state.chain is not None:
@@ -205,7 +247,7 @@ class _Planner:
         Then, and only then, ``_needed`` is not known.
         """
         lineage = self._lineage
-        if self._stuck or lineage.bad_states:
+        if self._stuck:
             return True
         for path in self._active | self._merging:
             *_, last = lineage.ancestors(path)
@@ -264,14 +306,22 @@ class _Planner:
                 return False
         if not all(self._owns(path) for path in chain):
             return False
+        if is_alias(chain[0]) == is_alias(chain[-1]):
+            return True
         # The oldest takes the newest one's name, and the name says what the file is.
-        return is_alias(chain[0]) == is_alias(chain[-1])
+        self._warn(
+            "disks are kept because a file and an alias cannot be merged: after the next full "
+            "backup they go with the backups that stand on them",
+            oldest=chain[0],
+            newest=chain[-1],
+        )
+        return False
 
     def orphaned_data(self) -> tuple[str, ...]:
         """Entries of ``data/`` that no alias means, as long as all aliases can be read."""
         lineage = self._lineage
         claims = lineage.aliases.values()
-        if lineage.data is None or None in claims or lineage.states:
+        if lineage.data is None or None in claims or lineage.states or lineage.bad_states:
             return ()
         claimed = [*(claim for claim in claims if claim is not None), *self._elsewhere]
         return tuple(

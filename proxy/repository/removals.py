@@ -28,7 +28,7 @@ class Removals:
         self._remote = remote
         self._lock = lock
         self._warn = warn
-        self._older_than = older_than
+        self.older_than = older_than
 
     async def is_old(self, path: str) -> bool:
         """Whether nothing in it changed for so long that no writer can live; in doubt not."""
@@ -40,14 +40,17 @@ class Removals:
                     newest = max(newest, inside.mtime)
         except ProxyError:
             return False
-        return newest <= self._older_than
+        return newest <= self.older_than
 
-    async def remove(self, path: str) -> None:
+    async def remove(self, path: str) -> bool:
+        """Remove a file; whether it is gone."""
         await self._lock.check()
         try:
             await self._remote.unlink(path)
         except ProxyError as error:
-            self._failed(path, error)
+            self.failed(path, error)
+            return False
+        return True
 
     async def remove_data(self, path: str) -> None:
         """A file or a directory with all that is in it."""
@@ -60,7 +63,7 @@ class Removals:
         except NotFound:
             return
         except ProxyError as error:
-            self._failed(path, error)
+            self.failed(path, error)
 
     async def remove_checksums(self, directory: str) -> None:
         """Those in a VDI directory whose disk is gone."""
@@ -101,5 +104,5 @@ class Removals:
             for path in (paths.join(directory, DATA), directory, job, paths.parent(job)):
                 await self._remote.rmdir(path)
 
-    def _failed(self, path: str, error: ProxyError) -> None:
+    def failed(self, path: str, error: ProxyError) -> None:
         self._warn(f"Issue removing {paths.name(path)}", {"error": error.message, "path": path})

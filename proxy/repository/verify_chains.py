@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from proxy.disks.merge_state import LIMIT as STATE_LIMIT
-from proxy.disks.merge_state import MergeState, disk_of_state, is_disk_name
+from proxy.disks.merge_state import MergeState, is_disk_name, read_states
 from proxy.errors import NotFound, ProxyError
 from proxy.remotes import paths
 from proxy.repository.verify_disk import Found, link_problem, look_at, look_through_merge
@@ -36,19 +35,11 @@ class Folder:
             return cls()
         members: set[str] = set()
         unclear = False
-        for name in names:
-            disk = disk_of_state(name)
-            if disk is None:
-                continue
-            state_path = paths.join(path, name)
-            try:
-                raw = await remote.read_file(state_path, limit=STATE_LIMIT)
-                state = MergeState.parse(raw, state_path)
-            except ProxyError:
+        for disk, state in (await read_states(remote, path, names)).items():
+            if isinstance(state, ProxyError) or state.chain is None:
                 unclear = True
-                continue
-            members |= {disk, *(state.chain or ())}
-            unclear = unclear or state.chain is None
+            if isinstance(state, MergeState):
+                members |= {paths.name(disk), *(state.chain or ())}
         return cls(names, frozenset(members), unclear)
 
     def may_merge(self, disk: str) -> bool:

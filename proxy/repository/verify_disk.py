@@ -15,6 +15,7 @@ from proxy.formats import vhd, vhd_directory
 from proxy.formats.checksums import BlockSums, block_digest
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
+from proxy.remotes.encryption import algorithm_of
 from proxy.repository.checksums import Unknown, places_of, read_checksums
 from proxy.repository.damage import Depth
 from proxy.repository.verify_reports import (
@@ -25,6 +26,7 @@ from proxy.repository.verify_reports import (
     Problem,
     Status,
     rooted,
+    unauthenticated,
     worst,
 )
 from proxy.runtime.threads import Work, in_thread
@@ -172,7 +174,7 @@ class _Look:
         """Every block that the table lists has a file of a size that a block can have."""
         missing = bytearray(disk.blocks.flags)
         top = paths.join(disk.path, vhd_directory.BLOCKS)
-        exact = disk.compression is Compression.NONE and not self._remote.is_encrypted
+        exact = disk.compression is Compression.NONE
         try:
             async for path, stat in self._remote.walk(top):
                 match = _BLOCK.fullmatch(path.removeprefix(top + "/"))
@@ -220,7 +222,10 @@ class _Look:
         if reading.sample is not None:
             indexes = reading.sample.of(disk.blocks, str(disk.uuid))
         wrong = await read_blocks(disk, indexes, sums, reading, found)
-        if isinstance(known, Unknown):
+        algorithm = algorithm_of(self._remote)
+        if isinstance(known, Unknown) and algorithm is not None and not algorithm.is_authenticated:
+            found.checksum = unauthenticated(algorithm)
+        elif isinstance(known, Unknown):
             found.checksum = Comparison(
                 result="unknown", reason=known.reason, message=known.message
             )

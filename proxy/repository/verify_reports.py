@@ -89,7 +89,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     result: Literal["match", "mismatch", "unknown"]
     reason: str | None = None
-    """Why it is unknown, a stable code: ``NOT_READ``, ``NONE``, ``CHANGED``, ``UNREADABLE``."""
+    """Why it is unknown, a stable code: ``NOT_READ``, ``NONE``, ``CHANGED``, ``UNREADABLE``,
+    ``UNAUTHENTICATED``."""
     message: str | None = None
     compared: int = 0
     """Blocks of a disk that were compared, bytes of an archive."""
@@ -98,6 +99,20 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 NOT_READ: Final = Comparison(
     result="unknown", reason="NOT_READ", message="its data was not read by this verify"
 )
+
+
+AUTHENTICATED: Final = Comparison(result="match")
+"""Of what was read to its end on a remote whose encryption tells every changed byte."""
+
+
+def unauthenticated(algorithm: str) -> Comparison:
+    """Of what was read on a remote whose encryption tells nothing."""
+    return Comparison(
+        result="unknown",
+        reason="UNAUTHENTICATED",
+        message=f"the remote is encrypted by {algorithm}, an unauthenticated algorithm: a file"
+        " that was changed is read without an error",
+    )
 
 
 class DiskReport(

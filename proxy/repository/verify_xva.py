@@ -12,7 +12,15 @@ import trio
 from proxy.errors import Corrupt, NotFound, ProxyError
 from proxy.formats.vhd import BITMAP_SIZE
 from proxy.formats.xva_check import Validator
-from proxy.repository.verify_reports import NOT_READ, Comparison, Problem, Status
+from proxy.remotes.encryption import algorithm_of
+from proxy.repository.verify_reports import (
+    AUTHENTICATED,
+    NOT_READ,
+    Comparison,
+    Problem,
+    Status,
+    unauthenticated,
+)
 from proxy.repository.xva_check import is_valid_xva
 from proxy.runtime.background import background
 from proxy.runtime.threads import Work, in_thread
@@ -43,7 +51,7 @@ async def look_at_archive(
     """
     found = FoundArchive()
     try:
-        if not remote.is_encrypted and size is not None:
+        if size is not None:
             actual = (await remote.stat(path)).size
             if actual != size:
                 raise Corrupt(
@@ -73,6 +81,8 @@ async def _read(remote: Remote, path: str, reading: Reading, found: FoundArchive
         digest = await _check(file, reading, found)
     if isinstance(expected, Comparison):
         found.checksum = expected
+        if expected.result == "match":
+            found.checksum = Comparison(result="match", compared=found.read)
         return
     matches = digest == expected
     found.checksum = Comparison(result="match" if matches else "mismatch", compared=found.read)
@@ -88,7 +98,13 @@ async def _read(remote: Remote, path: str, reading: Reading, found: FoundArchive
 
 
 async def _sidecar(remote: Remote, path: str) -> str | Comparison:
-    """The MD5 that was stored beside the archive, or why it is not known."""
+    """The MD5 that was stored beside the archive, or why it is not known.
+
+    On an encrypted remote a checksum is of the bytes as stored, and the tag says more.
+    """
+    algorithm = algorithm_of(remote)
+    if algorithm is not None:
+        return AUTHENTICATED if algorithm.is_authenticated else unauthenticated(algorithm)
     try:
         content = await remote.read_file(f"{path}.checksum", limit=1024)
     except NotFound:

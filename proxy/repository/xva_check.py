@@ -23,11 +23,13 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 async def is_valid_xva(remote: Remote, path: str, *, size: int | None = None) -> bool:
     """Whether ``path`` looks like a complete XVA of ``size`` bytes (``None``: any).
 
-    On an encrypted remote only a trivially short file is told.  A file that is missing or
-    cannot be read is an error of the remote and not an answer: unknown is not valid.
+    On an encrypted remote only its size tells, as parts cannot be authenticated.  A file that
+    is missing or cannot be read is an error of the remote and not an answer: unknown is not
+    valid.
     """
     if remote.is_encrypted:
-        return (await remote.stat(path)).size > _SMALLEST
+        found = (await remote.stat(path)).size
+        return found > _SMALLEST and size in (None, found)
     async with remote.open_read(path) as file:
         if file.size < _SMALLEST or (size is not None and file.size != size):
             return False
@@ -40,7 +42,10 @@ async def is_valid_xva(remote: Remote, path: str, *, size: int | None = None) ->
 
 
 async def refuse_broken_xva(remote: Remote, path: str, size: int) -> None:
-    """A validator for ``open_full_backup``: ``Corrupt`` when the export was cut."""
+    """A validator for ``open_full_backup``: ``Corrupt`` when the export was cut.
+
+    Before its commit an encrypted file lacks its end, so that its size tells nothing yet.
+    """
     if not await is_valid_xva(remote, path, size=None if remote.is_encrypted else size):
         raise Corrupt(
             "the exported VM is not a complete XVA: the export was cut; run the backup again",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import trio
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from proxy.rpc.auth import Authenticator
+from proxy import __version__
+from proxy.rpc.auth import Authenticator, bearer_as_cookie
 from proxy.rpc.endpoint import Endpoint
+from proxy.rpc.exposition import CONTENT_TYPE, figures, render
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +34,8 @@ class App(QuartTrio):
     def __init__(self, endpoint: Endpoint, stopping: trio.Event) -> None:
         super().__init__("proxy.rpc", static_folder=None)
         self._endpoint = endpoint
+        self.connections: Callable[[], int] = _none
+        """How many clients are connected; the server that runs this says it."""
         self.stopping = stopping
         """Set when the server begins to stop; calls that only wait then end."""
         # a stream may last as long as a backup
@@ -67,8 +72,28 @@ def create_app(
     """
     stopping = trio.Event()
     authenticator = Authenticator(tokens, grace=lambda: settings().token_grace)
-    return App(Endpoint(services, registry, authenticator, settings, stopping), stopping)
+    app = App(Endpoint(services, registry, authenticator, settings, stopping), stopping)
+
+    async def metrics() -> Response:
+        if not settings().metrics:
+            return _text("Not Found", 404)
+        if authenticator.accepts(bearer_as_cookie(request.scope["headers"])) is None:
+            return _text("Unauthorized", 401)
+        taken = figures(services, version=__version__, connections=app.connections())
+        shown = await in_thread(Work.CPU, render, taken, abandon=True)
+        return Response(shown, 200, content_type=CONTENT_TYPE)
+
+    app.add_url_rule("/metrics", "metrics", metrics, methods=["GET"])
+    return app
+
+
+def _none() -> int:
+    return 0
+
+
+def _text(text: str, status: int) -> Response:
+    return Response(text, status, content_type="text/plain; charset=utf-8")
 
 
 async def _as_text(error: HTTPException) -> Response:
-    return Response(error.name, error.code, content_type="text/plain; charset=utf-8")
+    return _text(error.name, error.code or 500)

@@ -89,6 +89,19 @@ class Authenticator:
             self._previous.pop(new.encode(), None)
 
 
+def bearer_as_cookie(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """``headers`` with a token sent as ``Authorization: Bearer`` where a cookie would have it.
+
+    For programs that cannot send cookies, such as Prometheus.
+    """
+    shown = list(headers)
+    for name, value in shown:
+        scheme, _, token = value.partition(b" ")
+        if name.lower() == b"authorization" and scheme.lower() == b"bearer":
+            return [*shown, (b"cookie", COOKIE + b"=" + token.strip())]
+    return shown
+
+
 def presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """The raw value of the cookie; the first one when it is sent twice."""
     for name, value in headers:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         VerifyRequest,
         VerifyRun,
     )
+    from proxy.jobs.traffic import Traffic
     from proxy.remotes.interface import Remote
     from proxy.rpc.auth import Authenticator
     from proxy.rpc.registry import Registry
@@ -42,8 +43,22 @@ class Services(Protocol):
         """Where the journal lives; ``appliance.check`` looks at its disk."""
         ...
 
-    def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
-        """Open the remote that a call describes; ``spec`` has at least ``url``."""
+    def remote(
+        self, spec: Mapping[str, Any], /, *, create: bool = True
+    ) -> AbstractAsyncContextManager[Remote]:
+        """Open the remote that a call describes; ``spec`` has at least ``url``.
+
+        With ``create`` false nothing is made: a missing directory is ``NotFound``.
+        """
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was done on remotes since the daemon began."""
+        ...
+
+    def open_connections(self) -> Mapping[str, int]:
+        """How many remotes and pools are open now."""
         ...
 
     def start_backup(self, request: BackupRequest, /) -> Task: ...

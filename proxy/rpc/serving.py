@@ -241,6 +241,7 @@ async def serve(
     config.keep_alive_max_requests = 2**62
     context = WorkerContext(None)
     server = _Server(app, config, context, settings)
+    app.connections = lambda: server.count
     lifespan = Lifespan(wrap_app(app, 0, "asgi"), config, {})
     async with trio.open_nursery() as outer:
         await outer.start(lifespan.handle_lifespan)

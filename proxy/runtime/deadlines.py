@@ -54,7 +54,7 @@ def _expired(name: str, seconds: float) -> Unreachable:
     return Unreachable(
         f"{name}: nothing happened for {seconds:g} s",
         code="ETIMEDOUT",
-        data={"deadline": name, "seconds": seconds},
+        data={"deadline": name, "seconds": float(seconds)},  # JSON knows no kinds of numbers
     )
 
 

@@ -1,8 +1,8 @@
 """One HTTP/1.1 exchange over a bulk connection: h11 for the heads, raw reads for the body.
 
-Only what XAPI's data handlers need: one request per connection (``Connection: close``), a
-body of the caller's with a known length, an answer framed by Content-Length, by chunks or
-by the end of the connection.
+Only what bulk transfers need: a body of the caller's with a known length, an answer framed by
+Content-Length, by chunks or by the end of the connection.  XAPI's data handlers take one request
+per connection (``Connection: close``); :mod:`proxy.runtime.http_pool` keeps connections.
 """
 
 from __future__ import annotations
@@ -24,15 +24,24 @@ _CHUNK_READ = 256 * 1024
 
 
 def request_head(
-    method: str, target: str, host: str, headers: Sequence[tuple[str, str]] = ()
+    method: str,
+    target: str,
+    host: str,
+    headers: Sequence[tuple[str, str]] = (),
+    *,
+    keep: bool = False,
 ) -> bytes:
-    """The bytes of a request's head.  h11 refuses control characters in ``target``."""
+    """The bytes of a request's head.  h11 refuses control characters in ``target``.
+
+    ``keep``: the connection is meant for more requests.
+    """
     connection = h11.Connection(h11.CLIENT)
+    ending = () if keep else (("Connection", "close"),)
     head = connection.send(
         h11.Request(
             method=method,
             target=target,
-            headers=[("Host", host), ("Connection", "close"), *headers],
+            headers=[("Host", host), *ending, *headers],
         )
     )
     assert head is not None
@@ -87,6 +96,11 @@ class Body:
             )
         return count
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left and the connection stands right behind it."""
+        return self._left == 0 and not self._early
+
     async def wait(self) -> None:
         """Wait for the first byte or the end of the body."""
         if not self._early and self._left:
@@ -123,6 +137,10 @@ class ChunkedBody(Body):
                 self._ready.appendleft(piece[count:])
         self._received += filled
         return filled
+
+    @property
+    def ended(self) -> bool:
+        return self._ended and not self._ready and not self._decoder.trailing_data[0]
 
     async def wait(self) -> None:
         if not self._ready and not self._ended:
@@ -171,6 +189,6 @@ async def read_answer(connection: Connection, method: str) -> tuple[Answer, Body
         if headers.get("transfer-encoding", "").lower() == "chunked":
             return answer, ChunkedBody(connection, early, decoder)
         if event.status_code in (204, 304) or method == "HEAD":
-            return answer, Body(connection, b"", 0)
+            return answer, Body(connection, early, 0)
         length = headers.get("content-length")
         return answer, Body(connection, early, math.inf if length is None else int(length))

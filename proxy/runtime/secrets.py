@@ -19,7 +19,8 @@ _SHORTEST = 6
 _REMEMBERED = 4096
 
 _NAMES = re.compile(
-    r"(password|passwd|secret|token|encryptionkey|credentials|authorization|cookie|session_?id)$",
+    r"(password|passwd|secret|(secret|access|account|api)_?key|token|encryptionkey|credentials"
+    r"|authorization|cookie|session_?id)$",
     re.IGNORECASE,
 )
 _URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s]*(?=@)", re.IGNORECASE)

@@ -46,6 +46,8 @@ _CERTIFICATE_CODES: Final = {
     62: "ERR_TLS_CERT_ALTNAME_INVALID",
     64: "ERR_TLS_CERT_ALTNAME_INVALID",
 }
+CERTIFICATE_CODES: Final = frozenset({*_CERTIFICATE_CODES.values(), "CERT_REJECTED"})
+"""Codes of a peer that is there, but whose certificate is not trusted."""
 
 
 def client_context(*, allow_unauthorized: bool) -> ssl.SSLContext:
@@ -265,6 +267,15 @@ class Connection:
             await trio.lowlevel.checkpoint()
             return
         await trio.lowlevel.wait_readable(sock)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing came, neither a byte nor the end: an idle connection is still good."""
+        sock = self._socket
+        if sock is None or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            return False
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return not poll.poll(0)
 
     @property
     def lossy(self) -> bool:

@@ -17,7 +17,7 @@ from proxy.runtime.threads import Work, in_thread
 from proxy.simulator.exports import pump, release
 from proxy.simulator.http import Gone, error_page, head
 from proxy.simulator.images import FORMATS, Base, ImageFormat, Sending
-from proxy.simulator.transfers import Inlet, Outlet, Refusal, Transfer
+from proxy.simulator.transfers import Inlet, Outlet, Refusal, Transfer, named_sr
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -92,7 +92,7 @@ def _base(pool: SimulatedPool, request: Head, drives: list[str]) -> Base | None:
 async def import_disk(pool: SimulatedPool, wire: Wire, request: Head, transfer: Transfer) -> None:
     """PUT: write what comes over a disk, which keeps it also when the transfer fails."""
     vdi = _disk(pool, request)
-    sr = _storage(pool, request)
+    sr = named_sr(pool, request)
     if vdi is None and sr is None:
         raise Refusal(400, XapiError("VDI_MISSING"))
     name, chosen = _format(request)
@@ -168,16 +168,6 @@ def _disk(pool: SimulatedPool, request: Head) -> str | None:
         return pool.store.by_uuid("VDI", identifier)
     except XapiError as error:
         raise Refusal(500, detail=error.message) from error
-
-
-def _storage(pool: SimulatedPool, request: Head) -> str | None:
-    sr = request.common("sr_id")
-    if not sr and request.common("sr_uuid"):
-        try:
-            sr = pool.store.by_uuid("SR", request.common("sr_uuid"))
-        except XapiError as error:
-            raise Refusal(500, error) from error
-    return sr or None
 
 
 def _format(request: Head) -> tuple[str, ImageFormat]:

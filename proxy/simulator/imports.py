@@ -12,7 +12,7 @@ from proxy.formats.xva import CHUNK, ChunkData, ChunkEnd, ChunkStart, OvaXml, Re
 from proxy.runtime.threads import Work, in_thread
 from proxy.simulator.http import head
 from proxy.simulator.records import is_null
-from proxy.simulator.transfers import Inlet, Refusal, Transfer
+from proxy.simulator.transfers import Inlet, Refusal, Transfer, named_sr
 from proxy.simulator.vm_archive import Restoration
 
 if TYPE_CHECKING:
@@ -52,13 +52,7 @@ async def import_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
 
 
 def _target(pool: SimulatedPool, request: Head) -> str:
-    sr = request.common("sr_id")
-    if not sr and request.common("sr_uuid"):
-        try:
-            sr = pool.store.by_uuid("SR", request.common("sr_uuid"))
-        except XapiError as error:
-            raise Refusal(500, error) from error
-    sr = sr or pool.store.get("pool", pool.ref)["default_SR"]
+    sr = named_sr(pool, request) or pool.store.get("pool", pool.ref)["default_SR"]
     if is_null(sr):
         raise Refusal(500, XapiError("DEFAULT_SR_NOT_FOUND", [sr]))
     record = pool.store.find("SR", sr)

@@ -23,7 +23,7 @@ from proxy.simulator.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 Record = dict[str, Any]
 _REMEMBERED_DELETIONS = 50_000
@@ -140,12 +140,6 @@ class Store:
             if ends and record[name] != value:
                 self._unlink(*ends, record[name], ref)
                 self._link(*ends, value, ref)
-
-    def change_map(self, kind: str, ref: str, field: str, change: Callable[[Record], None]) -> None:
-        """Change a map field through a copy of it."""
-        items = dict(self.get(kind, ref)[field])
-        change(items)
-        self.update(kind, ref, **{field: items})
 
     def touch(self, kind: str, ref: str) -> int:
         """Make an event without a change; returns its generation."""

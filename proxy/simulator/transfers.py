@@ -53,6 +53,17 @@ class CutShort(Exception):
     """A fault ended the body here."""
 
 
+def named_sr(pool: SimulatedPool, request: Head) -> str | None:
+    """The SR that an import names by reference or uuid, unchecked; ``None`` without one."""
+    sr = request.common("sr_id")
+    if not sr and request.common("sr_uuid"):
+        try:
+            sr = pool.store.by_uuid("SR", request.common("sr_uuid"))
+        except XapiError as error:
+            raise Refusal(500, error) from error
+    return sr or None
+
+
 async def guarded(
     pool: SimulatedPool, wire: Wire, request: Head, transfer: Transfer, handler: Any
 ) -> None:

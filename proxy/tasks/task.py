@@ -49,6 +49,8 @@ class Task:
         self.handed_out: Any = None
         """What a success answers to those who follow its log, and to nobody else: as it is,
         secrets included, in no snapshot and never stored."""
+        self.figures: dict[str, Any] = {}
+        """Measurements: shown in ``data`` of snapshots, told by no log record."""
         self._outcome: Status | None = None
         self._run = run
         self._scope = trio.CancelScope()
@@ -74,6 +76,11 @@ class Task:
     def info(self, message: str, data: dict[str, Any] | None = None) -> None:
         self._note("info", self._infos, message, data)
 
+    def set_property(self, name: str, value: Any) -> None:
+        self.properties[name] = value
+        record = {"name": name, "value": value, "id": self.id}
+        self._emit({**record, "timestamp": _now_ms(), "type": "property"})
+
     def warning(self, message: str, data: dict[str, Any] | None = None) -> None:
         """Something the operator should know that is no failure: warnings never change a status."""
         self._note("warning", self._warnings, message, data)
@@ -83,11 +90,6 @@ class Task:
         for child in self.children:
             child.mark_replaced()
         self.warning(message, {**data, "isRetry": True})
-
-    def set_property(self, name: str, value: Any) -> None:
-        self.properties[name] = value
-        record = {"name": name, "value": value, "id": self.id}
-        self._emit({**record, "timestamp": _now_ms(), "type": "property"})
 
     def progress(
         self,
@@ -231,7 +233,7 @@ class Task:
         """The Task object of ``task.get``, encoded; finished subtrees are encoded once."""
         if self._encoded is not None:
             return self._encoded
-        data: dict[str, Any] = dict(self.properties)
+        data: dict[str, Any] = {**self.properties, **self.figures}
         if self._progress is not None:
             data["progress"] = self._progress.percent
             data["transfer"] = self._progress.describe()

@@ -21,7 +21,7 @@ from proxy.tasks.status import Status
 from proxy.tasks.task import Run, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 _log = structlog.get_logger("tasks")
 
@@ -41,6 +41,20 @@ class JournalLimits:
     keep_deleted: int = 10_000
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskStatistics:
+    """Of this life of the daemon."""
+
+    live: int
+    """Runs in memory: those that run, and those whose end is not in the journal yet."""
+    running: int
+    ended: Mapping[str, int]
+    """Root tasks by their final status."""
+    waiters: int
+    dirty: int
+    seq: int
+
+
 class Tasks:
     """Every run of this daemon, live and remembered.  Made by :func:`open_tasks`."""
 
@@ -50,6 +64,8 @@ class Tasks:
         self._limits = limits
         self._feed = Feed(journal)
         self._runs: dict[str, Run] = {}
+        self._ended_by = dict.fromkeys(Status, 0)
+        del self._ended_by[Status.PENDING]
 
     @property
     def installation(self) -> str:
@@ -87,6 +103,7 @@ class Tasks:
             pass
         finally:
             if task.end is not None:
+                self._ended_by[task.status] += 1
                 _tell_end(task)
 
     # -- looking -----------------------------------------------------------------------------
@@ -253,8 +270,14 @@ class Tasks:
         """Let every ``event.from`` answer now: the daemon stops."""
         self._feed.close()
 
-    def statistics(self) -> dict[str, int]:
-        return {"live": len(self._runs), **self._feed.statistics()}
+    def statistics(self) -> TaskStatistics:
+        running = sum(run.root is not None and run.root.pending for run in self._runs.values())
+        return TaskStatistics(
+            live=len(self._runs),
+            running=running,
+            ended={str(status): count for status, count in self._ended_by.items()},
+            **self._feed.statistics(),
+        )
 
     async def recover(self) -> None:
         """Give an end to what an earlier life of the daemon left pending."""

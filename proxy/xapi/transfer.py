@@ -141,10 +141,6 @@ class Upload:
         """Whether the host is known to have taken it, also when nobody waited for that."""
         return self._task.succeeded
 
-    async def imported_vms(self) -> list[str]:
-        """The VMs that this import is making now (references)."""
-        return await _being_imported(self._xapi, self._task)
-
     @property
     def peer_lossy(self) -> bool:
         """Whether TCP saw losses: evidence that the network is what slows the transfer."""

@@ -51,14 +51,19 @@ def test_a_remote_that_cannot_be_listed_says_why(stub: Stub, xo_proxy: Any) -> N
     assert found == (1, "", "xo-proxy: ENOTDIR: not a directory, mkdir '/dev/null/x'\n")
 
 
-def test_a_deletion_names_its_backups(stub: Stub, xo_proxy: Any) -> None:
-    words = ("backups", "delete", "--yes", "file:///backups", "a", "b", "--url", stub.url)
-    assert xo_proxy(*words) == (0, "deleted 2\n", "")
-    params = {"filenames": ["a", "b"], "remote": {"url": "file:///backups"}}
-    assert (stub.asked[0][1]["method"], stub.asked[0][1]["params"]) == (
+def test_a_deletion_names_its_backups_and_those_that_were_gone(stub: Stub, xo_proxy: Any) -> None:
+    there = str(BACKUP["id"])
+    stub.bodies["backup.listVmBackups"] = answer({"remote": {"vm-uuid": [BACKUP]}})
+    stub.bodies["backup.deleteVmBackups"] = answer(True)
+    ids = [there, "/xo-vm-backups/vm-uuid/20250101T000000Z.json"]
+    words = ("backups", "delete", "--yes", "file:///backups", *ids, "--url", stub.url)
+    assert xo_proxy(*words) == (0, "deleted 1\n", f"there was no backup {ids[1]}\n")
+    asked = [request for _, request in stub.asked]
+    assert [request["method"] for request in asked] == [
+        "backup.listVmBackups",
         "backup.deleteVmBackups",
-        params,
-    )
+    ]
+    assert asked[1]["params"] == {"filenames": ids, "remote": {"url": "file:///backups"}}
 
 
 def test_a_restore_prints_the_new_vm(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.disks.merge import merge_chain
-from proxy.disks.merge_state import MergeState, Phase, Step, read_state, state_path
+from proxy.disks.merge_state import MergeState, Phase, Step, read_states, state_path
 from proxy.disks.opening import open_chain, open_disk
 from proxy.errors import Busy, Corrupt, Refused
 from proxy.formats import vhd
@@ -232,8 +232,9 @@ async def test_a_cancel_leaves_a_merge_that_goes_on(
     with trio.CancelScope() as scope:
         await merge(remote, chain, progress=lambda done, total: scope.cancel())
     assert scope.cancelled_caught
-    state = await read_state(remote, chain[0])
-    assert state is not None
+    listed = [entry.name for entry in await remote.list(FOLDER)]
+    state = (await read_states(remote, FOLDER, listed))[chain[0]]
+    assert isinstance(state, MergeState)
     assert state.chain == tuple(name_of(number, point) for number, point in enumerate(points))
     assert (state.parent_uuid, state.child_uuid) == (identity(1), identity(3))
     assert await tags(remote, chain[-1]) == model(points)

@@ -14,7 +14,6 @@ from proxy.disks.merge_state import (
     Step,
     disk_of_state,
     is_disk_name,
-    read_state,
     read_states,
     remove_state,
     state_path,
@@ -103,17 +102,19 @@ def test_names() -> None:
 
 async def test_it_is_kept_beside_the_disk(tmp_path: Path) -> None:
     remote = await LocalRemote.open(str(tmp_path), url="file:///x")
-    assert await read_state(remote, "vdis/job/vdi/p.vhd") is None
-    await write_state(remote, "vdis/job/vdi/p.vhd", STATE)
+    folder, disk = "vdis/job/vdi", "vdis/job/vdi/p.vhd"
+    await write_state(remote, disk, STATE)
     assert (tmp_path / PATH).read_bytes() == RECORDED
-    assert await read_state(remote, "vdis/job/vdi/p.vhd") == STATE
-    disks = ["vdis/job/vdi/p.vhd", "vdis/job/vdi/c.vhd"]
-    assert await read_states(remote, disks) == {disks[0]: STATE}
+    names = ["c.vhd", ".p.vhd.merge.json", "p.vhd", ".c.vhd.merge.json", "data", ".x.merge.json"]
+    states = await read_states(remote, folder, names)
+    assert list(states) == [f"{folder}/c.vhd", disk], "the listing says which are read"
+    assert isinstance(states[f"{folder}/c.vhd"], NotFound), "gone since the listing"
+    assert states[disk] == STATE
     (tmp_path / PATH).write_bytes(b"")
-    with pytest.raises(Corrupt):
-        await read_states(remote, disks)
-    with pytest.raises(NotFound):
-        await read_state(remote, "vdis/job/vdi/.p.vhd.merge.json/p.vhd")
-    await remove_state(remote, "vdis/job/vdi/p.vhd")
-    assert await read_state(remote, "vdis/job/vdi/p.vhd") is None
+    [(path, error)] = (await read_states(remote, folder, [".p.vhd.merge.json"])).items()
+    assert path == disk
+    assert isinstance(error, Corrupt)
+    await remove_state(remote, disk)
+    assert not (tmp_path / PATH).exists()
+    assert await read_states(remote, folder, ["p.vhd"]) == {}
     await remote.aclose()

@@ -222,6 +222,38 @@ async def test_a_differencing_stream_over_its_parent(
     assert sorted(parent.reads) == sorted(partial & indexes), "a parent's block is read once"
 
 
+@pytest.mark.parametrize("size", [(4 << 40) + MIB, 16 << 40])
+async def test_what_a_host_streams_above_four_tebibytes(size: int, tmp_path: Path) -> None:
+    """A host keeps its clusters of 64 KiB there, so that the L1 table has several; before it
+    stand the table of the reference counts (16 bits each) and their blocks, as below."""
+    last = block_count(size) - 1
+    edge = (4 << 40) // BLOCK_SIZE
+    indexes = sorted({0, edge - 1, edge, last // 2, last})
+    ends = -(-size >> 16)
+    clusters: dict[int, bytes | None] = {
+        number: bytes([1 + index % 200]) * 65536
+        for index in indexes
+        for number in range(32 * index, min(ends, 32 * index + 32))
+    }
+    data = image(size, clusters)
+    l1_size, l1_offset = int.from_bytes(data[36:40], "big"), int.from_bytes(data[40:48], "big")
+    assert l1_size > 8192, "more than one cluster"
+    made = tmp_path / "a.qcow2"
+    made.write_bytes(data)
+    checked(made)
+    for index in indexes:
+        length = length_of(index, size)
+        qemu_io(made, f"read -P {1 + index % 200} {index * BLOCK_SIZE} {length}")
+    source = Source(data)
+    stream = await open_qcow2_stream(source, is_differencing=True)
+    assert source.read > l1_offset + 8 * l1_size, "all tables, and nothing is guessed"
+    assert not stream.partial
+    assert {index: set(block) for index, block in (await blocks_of(stream)).items()} == {
+        index: {1 + index % 200} | ({0} if length_of(index, size) < BLOCK_SIZE else set())
+        for index in indexes
+    }
+
+
 async def test_l2_tables_in_any_order() -> None:
     clusters: dict[int, bytes | None] = {n: filled(n, 4096) for n in [0, 511, 512, 1500]}
     data = bytearray(image(6 * MIB, clusters, bits=12))

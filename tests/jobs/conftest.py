@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -15,9 +16,11 @@ import trio
 from proxy.config import Config
 from proxy.config.schema import RemotesConfig
 from proxy.config.values import Seconds
+from proxy.formats.encrypted import Algorithm, FileCipher
 from proxy.jobs import BackupRequest, RestoreRequest, Services, open_services
 from proxy.remotes.factory import RemoteOptions, opened_remote
 from proxy.remotes.faults import Faults
+from proxy.remotes.metrics import Metrics
 from proxy.simulator import SimulatedPool, serve
 from proxy.tasks import Task, open_tasks
 
@@ -42,6 +45,18 @@ def files_of(root: Path) -> list[str]:
     )
 
 
+KEY = "an encryption key of 32 letters."
+
+
+def read_stored(root: Path, path: Path) -> bytes:
+    """The content of a file of the remote at ``root``, which may be encrypted."""
+    stored, description = path.read_bytes(), root / "encryption.json"
+    if not description.exists():
+        return stored
+    algorithm = Algorithm(json.loads(description.read_bytes())["algorithm"])
+    return FileCipher(algorithm, KEY).decrypt(stored)
+
+
 def explained(root: Path) -> set[str]:
     """The files that the backups of a remote consist of, by what their metadata says."""
     base, names = root / "xo-vm-backups", files_of(root)
@@ -50,11 +65,13 @@ def explained(root: Path) -> set[str]:
         if not name.endswith(".json") or "/vdis/" in name:
             continue
         wanted.add(name)
-        metadata = json.loads((base / name).read_bytes())
+        metadata = json.loads(read_stored(root, base / name))
         directory = name.partition("/")[0]
         if metadata["mode"] == "full":
             stem = name.removesuffix(".json")
-            wanted |= {f"{stem}.xva", f"{stem}.xva.checksum"}
+            wanted.add(f"{stem}.xva")
+            if not (root / "encryption.json").exists():
+                wanted.add(f"{stem}.xva.checksum")
             continue
         for disk in metadata["vhds"].values():
             path = f"{directory}/{disk}"
@@ -62,7 +79,7 @@ def explained(root: Path) -> set[str]:
             folder, _, disk_name = path.rpartition("/")
             wanted.add(f"{folder}/.{disk_name.partition('.')[0]}.xxh3")
             if path.endswith(".alias.vhd"):
-                target = (base / path).read_text()
+                target = read_stored(root, base / path).decode()
                 blocks = f"{folder}/{target}/"
                 wanted |= {each for each in names if each.startswith(blocks)}
     return wanted
@@ -78,8 +95,11 @@ class House:
     remotes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def remote_spec(self, name: str) -> dict[str, Any]:
-        """A folder; one whose name starts with ``directories`` keeps disks as directories."""
-        query = "?useVhdDirectory=true" if name.startswith("directories") else ""
+        """A folder; one whose name starts with ``directories`` keeps disks as directories,
+        one that starts with ``encrypted`` is encrypted too."""
+        query = "?useVhdDirectory=true" if name.startswith(("directories", "encrypted")) else ""
+        if name.startswith("encrypted"):
+            query += f"&encryptionKey={quote(json.dumps(KEY))}"
         url = f"file://{self.root / name}{query}"
         return self.remotes.setdefault(name, {"id": name, "name": name, "url": url})
 
@@ -135,8 +155,10 @@ class House:
     async def faulty(self, remote: str = "remote1") -> AsyncIterator[Faults]:
         """The remote that runs will use meanwhile, with faults on command."""
         async with self.services.remote(self.remote_spec(remote)) as opened:
-            assert isinstance(opened, Faults)
-            yield opened
+            assert isinstance(opened, Metrics)
+            faults = opened.inner
+            assert isinstance(faults, Faults)
+            yield faults
 
     async def clean(self) -> None:
         """Assert that neither the pool nor a remote holds anything but backups."""

@@ -248,7 +248,7 @@ async def test_a_remote_that_stops_answering_for_good(house: House) -> None:
     await failed(house, outcome, "EIO")
 
 
-async def test_a_lock_that_is_lost(house: House) -> None:
+async def test_weakness_9_a_lock_that_is_lost_stops_the_run(house: House) -> None:
     """Upstream takes a lost lock again and goes on beside its thief."""
     async with house.faulty() as faults:
         gate = faults.add("create.write", Gate(), skip=1)

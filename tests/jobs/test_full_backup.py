@@ -888,11 +888,11 @@ async def test_trouble_after_the_copies_writes_none_of_them_again(house: House) 
 async def test_an_old_backup_that_cannot_be_removed_writes_nothing_again(house: House) -> None:
     await house.run(house.request(settings={"exportRetention": 1}))
     async with house.faulty() as faults:
-        faults.add("unlink", Fail(Refused("EPERM: immutable", code="EPERM")), path="*Z.json")
+        faults.add("unlink", Fail(Refused("EROFS: read-only", code="EROFS")), path="*Z.json")
         settings = {"exportRetention": 1, "nRetriesVmBackupFailures": 2}
         outcome = await house.run(house.request(settings=settings))
         assert not faults.unused
-    assert (outcome.status, outcome.error("export")["code"]) == ("failure", "EPERM")
+    assert (outcome.status, outcome.error("export")["code"]) == ("failure", "EROFS")
     assert (len(house.backups()), retries(outcome)) == (2, [])
 
 

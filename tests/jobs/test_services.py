@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 
-from proxy.errors import Busy, ProxyError, Refused, Unauthorized
+from proxy.config.schema import RemoteOptions
+from proxy.errors import Busy, NotFound, ProxyError, Refused, Unauthorized
+from proxy.repository import lock_vm
 
-from .conftest import JOB, House
+from .conftest import JOB, House, until
 
 
 async def test_a_second_run_of_a_job_is_refused_while_the_first_lives(house: House) -> None:
@@ -86,7 +94,7 @@ async def test_a_changed_password_takes_effect_at_once(house: House) -> None:
             assert await again.call("pool.get_all")
 
 
-async def test_a_changed_option_of_a_remote_takes_effect_at_once(house: House) -> None:
+async def test_weakness_16_a_changed_option_of_a_remote_takes_effect_at_once(house: House) -> None:
     """Upstream weakness 21, for remotes."""
     spec = house.remote_spec("remote1")
     async with house.services.remote(spec) as one:
@@ -94,6 +102,85 @@ async def test_a_changed_option_of_a_remote_takes_effect_at_once(house: House) -
             assert (one.is_immutable, other.is_immutable) == (False, True)
         async with house.services.remote({**spec, "name": "renamed"}) as same:
             assert same is one
+
+
+@pytest.mark.parametrize(
+    ("change", "is_shared"),
+    [
+        ({"options": "vers=4.2"}, False),
+        ({"id": "another"}, False),
+        ({"encryptionKey": "0123456789abcdef0123456789abcdef"}, False),
+        ({"useVhdDirectory": True}, False),
+        ({"unknown": 1}, False),
+        ({"name": "x", "error": "x", "benchmarks": [1]}, True),
+    ],
+)
+async def test_weakness_16_a_remote_is_cached_by_its_whole_record(
+    house: House, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], *, is_shared: bool
+) -> None:
+    """Upstream sees a changed option or key after five minutes of silence, at best."""
+
+    @contextlib.asynccontextmanager
+    async def opener(_spec: object, *, options: object) -> AsyncIterator[Any]:
+        del options
+        yield SimpleNamespace(
+            url="", is_encrypted=False, is_immutable=False, use_vhd_directory=False
+        )
+
+    monkeypatch.setattr("proxy.jobs.services.opened_remote", opener)
+    spec = {"url": "nfs://host:/share", "id": "r", "options": "vers=3"}
+    async with house.services.remote(spec) as one, house.services.remote(spec | change) as other:
+        assert (one is other) is is_shared
+
+
+async def test_a_changed_configuration_of_remotes_takes_effect_at_once(house: House) -> None:
+    spec = house.remote_spec("remote1")
+    before = house.services.config
+    async with house.services.remote(spec) as one:
+        changed = msgspec.structs.replace(
+            before, remote_options=RemoteOptions(max_parallel_operations=3)
+        )
+        house.services._config = lambda: changed
+        async with house.services.remote(spec) as other:
+            assert one is not other
+        house.services._config = lambda: before
+        async with house.services.remote(spec) as again:
+            assert again is one
+
+
+async def test_who_only_looks_makes_no_directory(house: House) -> None:
+    """A mistyped path was an empty remote, and then a directory."""
+    spec = house.remote_spec("mistyped")
+    with pytest.raises(NotFound, match="does not exist") as caught:
+        async with house.services.remote(spec, create=False):
+            pass
+    assert caught.value.code == "ENOENT"
+    assert not house.folder("mistyped").exists()
+    async with house.services.remote(spec):
+        assert house.folder("mistyped").is_dir()
+        async with house.services.remote(spec, create=False) as remote:
+            assert await remote.list("/") == []
+
+
+async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> None:
+    """Upstream fails at once with `Lock file is already being held`."""
+    vm = house.pool.vm_uuid("vm1")
+    request = house.request(settings={"getRemoteTimeout": 20_000})
+    async with house.services.remote(house.remote_spec("remote1")) as remote:
+        async with lock_vm(remote, vm, owner="run-0815"):
+            task = house.services.start_backup(request)
+
+            def infos() -> list[dict[str, Any]]:
+                return [info for child in task.children for info in child._infos]
+
+            await until(lambda: any("waiting" in info["message"] for info in infos()))
+            (info,) = [info for info in infos() if "waiting" in info["message"]]
+            assert info["data"]["remote"] == "remote1"
+            assert info["data"]["holder"]["owner"] == "run-0815"
+            assert info["data"]["holder"]["pid"] == os.getpid()
+            assert {"host", "since"} <= set(info["data"]["holder"])
+            assert "run-0815 (process" in info["data"]["reason"]
+    assert (await house.outcome(task)).status == "success"
 
 
 @pytest.mark.parametrize(

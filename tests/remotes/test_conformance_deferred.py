@@ -9,6 +9,7 @@ import trio
 
 from proxy.errors import Conflict, NotFound, ProxyError, Refused, Unreachable
 from proxy.remotes.faults import Fail, Faults, Gate, Torn
+from tests.remotes.conftest import is_flat
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,6 +29,10 @@ async def write(remote: Remote, path: str, data: bytes) -> None:
         await batch.commit()
 
 
+def is_editable(remote: Remote) -> bool:
+    return not (remote.is_immutable or remote.is_encrypted or is_flat(remote))
+
+
 async def write_at(remote: Remote, path: str, offset: int, data: bytes) -> None:
     async with remote.edit(path) as file:
         await file.write_at(offset, data)
@@ -39,10 +44,11 @@ async def write_at(remote: Remote, path: str, offset: int, data: bytes) -> None:
 
 async def test_an_edit_changes_what_it_says_and_nothing_else(remote: Remote) -> None:
     await remote.write_file("d/f", b"0123456789")
-    if remote.is_immutable:
+    if not is_editable(remote):
         with pytest.raises(Refused) as caught:
             await write_at(remote, "d/f", 0, b"x")
-        assert caught.value.code == "EPERM"
+        code = "EPERM" if remote.is_immutable and not remote.is_encrypted else "ENOTSUP"
+        assert caught.value.code == code
         assert await remote.read_file("d/f") == b"0123456789"
         return
     async with remote.edit("d/f") as file:
@@ -64,9 +70,9 @@ async def test_an_edit_changes_what_it_says_and_nothing_else(remote: Remote) -> 
 
 
 async def test_only_an_existing_regular_file_can_be_edited(remote: Remote) -> None:
-    if remote.is_immutable:
+    if not is_editable(remote):
         pytest.skip("nothing can")
-    await remote.mktree("d")
+    await remote.write_file("d/f", b"")
     for path, kind in (("none", NotFound), ("d/none", NotFound), ("d", Conflict), ("", Refused)):
         with pytest.raises(kind):
             await write_at(remote, path, 0, b"x")
@@ -74,7 +80,7 @@ async def test_only_an_existing_regular_file_can_be_edited(remote: Remote) -> No
 
 
 async def test_a_large_edit_is_read_back(remote: Remote) -> None:
-    if remote.is_immutable:
+    if not is_editable(remote):
         pytest.skip("nothing can be edited")
     block = bytes(range(256)) * 2048
     await remote.write_file("f", b"head")
@@ -112,8 +118,10 @@ async def test_a_batch_replaces_unless_files_cannot_be_replaced(remote: Remote) 
         assert await remote.read_file("f") == b"new"
 
 
-async def test_a_batch_does_not_replace_a_directory(remote: Remote) -> None:
+async def test_a_batch_does_not_replace_a_directory(remote: Remote, *, flat: bool) -> None:
     await remote.write_file("d/f", b"x")
+    if flat:
+        pytest.skip("a name can be both: looking would double the requests")
     with pytest.raises(Conflict):
         await write(remote, "d", b"")
     with pytest.raises(ProxyError):
@@ -124,8 +132,10 @@ async def test_a_batch_does_not_replace_a_directory(remote: Remote) -> None:
     assert await remote.read_file("d/f") == b"x"
 
 
-async def test_a_batch_writes_several_files_at_once(remote: Remote) -> None:
-    contents = {f"d/{number % 7}/{number}": b"%d" % number * 1000 for number in range(200)}
+async def test_a_batch_writes_several_files_at_once(remote: Remote, *, flat: bool) -> None:
+    contents = {
+        f"d/{number % 7}/{number}": b"%d" % number * 1000 for number in range(60 if flat else 200)
+    }
     async with remote.batch() as batch:
         left = iter(contents.items())
 
@@ -160,7 +170,9 @@ async def test_paths_of_a_batch_stay_inside(remote: Remote) -> None:
 # -- rename_all
 
 
-async def test_renames_replace_make_directories_and_tell_what_is_missing(remote: Remote) -> None:
+async def test_renames_replace_make_directories_and_tell_what_is_missing(
+    remote: Remote, *, flat: bool
+) -> None:
     for number in range(4):
         await remote.write_file(f"child/{number}", b"new %d" % number)
     await remote.write_file("parent/1", b"old 1")
@@ -179,8 +191,9 @@ async def test_renames_replace_make_directories_and_tell_what_is_missing(remote:
         assert await names(remote, "child") == ["0", "1", "2", "3"]
         return
     assert list(await remote.rename_all(pairs)) == [1, 3]
-    assert await names(remote) == ["child", "deep", "parent"]
-    assert await names(remote, "child") == []
+    assert await names(remote) == (["deep", "parent"] if flat else ["child", "deep", "parent"])
+    if not flat:
+        assert await names(remote, "child") == []
     assert await names(remote, "parent") == ["0", "1", "3"]
     assert await remote.read_file("parent/1") == b"new 1"
     assert await remote.read_file("parent/3") == b"new 3"
@@ -192,7 +205,7 @@ async def test_nothing_is_renamed_when_there_is_nothing(remote: Remote) -> None:
     assert list(await remote.rename_all([])) == []
 
 
-async def test_renames_are_done_in_order(remote: Remote) -> None:
+async def test_renames_are_done_in_order(remote: Remote, *, flat: bool) -> None:
     if remote.is_immutable:
         pytest.skip("nothing can be renamed")
     await remote.write_file("a", b"a")
@@ -207,25 +220,26 @@ async def test_renames_are_done_in_order(remote: Remote) -> None:
         ("e/g", "z"),
     ]
     assert list(await remote.rename_all(pairs)) == [2, 5]
-    assert await names(remote) == ["c", "e", "z"]
+    assert await names(remote) == (["c", "z"] if flat else ["c", "e", "z"])
     assert await remote.read_file("z") == b"f"
 
 
-async def test_a_rename_that_cannot_be_ends_it(remote: Remote) -> None:
+async def test_a_rename_that_cannot_be_ends_it(remote: Remote, *, flat: bool) -> None:
     if remote.is_immutable:
         pytest.skip("nothing can be renamed")
     for name in ("a", "b", "c"):
         await remote.write_file(name, name.encode())
-    await remote.mktree("d")
-    for bad, kind in (("d", Conflict), ("", Refused), ("b/x", NotFound)):
+    await remote.write_file("d/f", b"")
+    bad_ones = (("d", Conflict), ("", Refused), ("b/x", NotFound))
+    for bad, kind in bad_ones[1:2] if flat else bad_ones:
         await remote.write_file("a", b"a")
         with pytest.raises(kind):
             await remote.rename_all([("a", "done"), ("b", bad), ("c", "not")])
         assert await names(remote) == ["b", "c", "d", "done"]
 
 
-async def test_hundreds_of_renames(remote: Remote) -> None:
-    count = 600  # of more directories than are held open
+async def test_hundreds_of_renames(remote: Remote, *, flat: bool) -> None:
+    count = 60 if flat else 600  # of more directories than are held open
     if remote.is_immutable:
         pytest.skip("nothing can be renamed")
     async with remote.batch() as batch:
@@ -239,14 +253,14 @@ async def test_hundreds_of_renames(remote: Remote) -> None:
             for _ in range(4):
                 nursery.start_soon(work)
     pairs = [(f"c/{number // 6}/{number}", f"p/{number // 7}/{number}") for number in range(count)]
-    gaps = [7, 300, count - 1]
+    gaps = [7, count // 2, count - 1]
     for gap in gaps:
         await remote.unlink(pairs[gap][0])
     assert list(await remote.rename_all(pairs)) == gaps
     found = [path async for path, _ in remote.walk("p")]
     assert sorted(found) == sorted(new for n, (_, new) in enumerate(pairs) if n not in gaps)
-    assert await remote.read_file(pairs[432][1]) == b"432"
-    assert [path async for path, _ in remote.walk("c")] == []
+    assert await remote.read_file(pairs[32][1]) == b"32"
+    assert not any(path.startswith("c/") for path in [path async for path, _ in remote.walk("")])
 
 
 # -- faults and cancels, around every remote
@@ -258,12 +272,18 @@ STEPS: dict[str, Callable[[Remote], Awaitable[object]]] = {
 }
 
 
+def can(remote: Remote, verb: str) -> bool:
+    if verb.startswith("edit"):
+        return is_editable(remote)
+    return verb.startswith("batch") or not remote.is_immutable
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("verb", STEPS)
 async def test_an_error_before_the_effect_or_after_it(
     remote: Remote, verb: str, *, after: bool
 ) -> None:
-    if remote.is_immutable and verb != "batch.write":
+    if not can(remote, verb):
         pytest.skip("cannot be")
     await remote.write_file("f", b"0123456789")
     faults = Faults(remote)
@@ -283,7 +303,7 @@ async def test_an_error_before_the_effect_or_after_it(
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("verb", [*STEPS, "edit.open", "edit.sync", "batch.open", "batch.commit"])
 async def test_a_cancel_in_the_middle_ends_it(remote: Remote, verb: str, *, after: bool) -> None:
-    if remote.is_immutable and not verb.startswith("batch"):
+    if not can(remote, verb):
         pytest.skip("cannot be")
     step = {"edit": "edit.write_at", "batch": "batch.write"}.get(verb.partition(".")[0], verb)
     await remote.write_file("f", b"0123456789")
@@ -307,7 +327,7 @@ async def test_a_torn_write_is_torn(remote: Remote) -> None:
     with pytest.raises(Unreachable):
         await write(faults, "f", b"abcdef")
     assert await remote.read_file("f") == b"ab"
-    if not remote.is_immutable:
+    if is_editable(remote):
         faults.add("edit.write_at", Torn(1, GONE))
         with pytest.raises(Unreachable):
             await write_at(faults, "f", 1, b"123")
@@ -325,7 +345,7 @@ async def test_the_disk_is_full_in_the_middle(remote: Remote) -> None:
         await batch.commit()
     assert await remote.read_file("d/a") == b"12345"
     assert await remote.read_file("d/b") == b"678"
-    if not remote.is_immutable:
+    if is_editable(remote):
         with pytest.raises(Refused, match="ENOSPC"):
             await write_at(faults, "d/a", 0, b"x")
         assert await remote.read_file("d/a") == b"12345"

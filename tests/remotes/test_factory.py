@@ -42,10 +42,13 @@ async def test_file_remotes_are_disabled_by_default(root: Path) -> None:
         ({}, "EINVAL"),
         ({"url": 5}, "EINVAL"),
         ({"url": "ftp://nowhere"}, "EINVAL"),
-        ({"url": "nfs://h:/a"}, "ENOTSUP"),
-        ({"url": "s3://k:s3cretS3cret@h/b"}, "ENOTSUP"),
-        ({"url": 'file:///x?encryptionKey="s3cretS3cret"'}, "ENOTSUP"),
-        ({"url": "file:///x", "encryptionKey": "s3cretS3cret"}, "ENOTSUP"),
+        ({"url": 'file:///x?encryptionKey="s3cretS3cret"'}, "BAD_ALGORITHM"),
+        ({"url": "file:///x", "encryptionKey": "s3cretS3cret"}, "BAD_ALGORITHM"),
+        ({"url": "file:///x?encryptionKey="}, "EINVAL"),
+        ({"url": "file:///x", "encryptionKey": ""}, "EINVAL"),
+        ({"url": "file:///x", "encryptionKey": {"s3cret": 1}}, "EINVAL"),
+        ({"url": "s3://k:s3cretS3cret@h/"}, "EINVAL"),
+        ({"url": "smb://u:s3cretS3cret@d\\\\h\\s", "options": "mfsymlinks"}, "ENOTSUP"),
     ],
 )
 async def test_refusals(record: dict[str, Any], code: str) -> None:

@@ -165,7 +165,7 @@ async def test_a_bad_record_changes_nothing(root: Path, placed: Path, content: b
                     pytest.fail("held twice")
 
 
-async def test_a_lost_lock_stops_the_body_at_once(root: Path, placed: Path) -> None:
+async def test_weakness_9_a_lost_lock_stops_the_body_at_once(root: Path, placed: Path) -> None:
     """With upstream, the job goes on after its lock was compromised."""
     with inline_threads():
         async with opened(f"file://{root}") as remote:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import Refused
-from proxy.remotes.url import parse_url
+from proxy.remotes.factory import open_remote
+from proxy.remotes.url import PLACEHOLDER, S3Url, parse_url
 from proxy.runtime.secrets import scrub_text
+from tests.remotes.conftest import OPTIONS
 
 KEY = "73c1838d7d8a6088ca2317fb5f29cd91"
 
@@ -177,6 +181,51 @@ def test_errors_quote_no_secret(url: str) -> None:
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        (f"smb://u:{PLACEHOLDER}@d\\\\h\\s\0", "password"),
+        (f"s3://key:{PLACEHOLDER}@host/bucket", "password"),
+        (f"azure://account:{PLACEHOLDER}@host/container", "password"),
+        (f"file:///a?encryptionKey=%22{PLACEHOLDER}%22", "encryptionKey"),
+        (f"s3://k:s@h/b?x=%5B%7B%22y%22%3A%22{PLACEHOLDER}%22%7D%5D", "y"),
+    ],
+)
+def test_the_placeholder_of_a_secret_is_refused(url: str, part: str) -> None:
+    """Xen Orchestra must never send it; as a key it would encrypt with what everybody knows."""
+    with pytest.raises(Refused, match="in place of a secret") as caught:
+        parse_url(url)
+    assert (caught.value.code, caught.value.data) == ("EINVAL", {"part": part})
+
+
+async def test_the_placeholder_in_the_record_is_refused(root: Path) -> None:
+    record = {"url": f"file://{root}", "encryptionKey": PLACEHOLDER}
+    with pytest.raises(Refused, match="in place of a secret") as caught:
+        await open_remote(record, options=OPTIONS)
+    assert caught.value.data == {"part": "encryptionKey"}
+    assert not root.exists()
+
+
+def test_weakness_23_an_s3_url_never_becomes_plain_http_by_omission() -> None:
+    """Upstream formats an object without protocol as ``s3+http://``: keys in clear."""
+    parts: dict[str, Any] = {"host": "h", "username": "k", "password": "s", "path": "/b"}
+    with pytest.raises(TypeError, match="protocol"):
+        S3Url(**parts)
+    assert S3Url(protocol="https", **parts).format() == "s3://k:s@h/b"
+    assert S3Url(protocol="http", **parts).format() == "s3+http://k:s@h/b"
+
+
+def test_unknown_keys_are_kept_and_mean_nothing() -> None:
+    """Xen Orchestra's records have leaked them: benchmarks, id, info, name, proxy, enabled."""
+    leaked = "benchmarks=%5B%5D&id=%22x%22&info=%7B%7D&name=%22n%22&proxy=null&enabled=true"
+    parsed = parse_url(f"nfs://h:/a?{leaked}&url=%22file%3A%2F%2F%2F%22&type=%22s3%22&port=1")
+    assert (parsed.type, parsed.use_vhd_directory, parsed.is_immutable) == ("nfs", False, False)
+    assert parsed.options["name"] == "n"
+    assert "port" not in parsed.options
+    assert "type" not in parsed.options
+    assert parse_url(parsed.format()) == parsed
+
+
 def test_upstreams_format() -> None:
     """Trimmed segments, JSON values percent-encoded as JavaScript does."""
     url = "file:///a//b /c/?useVhdDirectory=true&x=%22%C3%A9%20'%22"
@@ -200,6 +249,10 @@ _URLS = st.one_of(
     st.builds("nfs://{}:{}".format, _WORD, st.text(max_size=20)),
     st.builds("smb://{}:{}@{}\\\\{}\\{}".format, _WORD, st.text(max_size=9), _WORD, _WORD, _WORD),
     st.builds("s3://{}:{}@{}/{}#{}".format, _WORD, _WORD, _WORD, st.text(max_size=9), _WORD),
+    st.builds(
+        lambda user, password, host: f"s3://{quote(user)}:{quote(password, safe='')}@{host}/b",
+        *(st.text(max_size=9), st.text(max_size=9), _WORD),
+    ),
     st.builds("azurite+http://{}:{}@{}/{}".format, _WORD, _WORD, _WORD, st.text(max_size=9)),
     st.text(max_size=30),
 )
@@ -214,8 +267,10 @@ def test_format_and_parse_are_stable(url: str, options: dict[str, Any]) -> None:
     object.__setattr__(first, "options", {**first.options, **options})
     again = parse_url(first.format())
     assert again.options == first.options
-    assert again.format() == parse_url(again.format()).format()
+    assert again == parse_url(again.format())
     assert again.type == first.type
+    for name in ("host", "username", "password", "domain", "region", "protocol", "port"):
+        assert getattr(again, name, None) == getattr(first, name, None)
 
 
 @given(st.text(max_size=200))

@@ -153,7 +153,9 @@ async def test_the_sixth_failure_is_told(faults: Faults) -> None:
         TypeError("a bug"),
     ],
 )
-async def test_what_does_not_pass_is_not_tried_again(faults: Faults, error: Exception) -> None:
+async def test_weakness_6_what_does_not_pass_is_not_tried_again(
+    faults: Faults, error: Exception
+) -> None:
     """Upstream tries a full disk, a refusal and its own bugs six times."""
     faults.add("write_file", Fail(error))
     with pytest.raises(type(error)):

@@ -575,12 +575,37 @@ async def test_a_cleanup_that_stopped_is_finished(
     }
 
 
-async def test_a_state_that_is_cut_keeps_everything(remote: Remote, vm_dir: Path) -> None:
+@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize("moved", [(), (0,), (0, 1, 2)])
+async def test_a_merge_whose_state_is_cut_is_done_again(
+    remote: Remote, vm_dir: Path, moved: tuple[int, ...], size: int
+) -> None:
+    """Whatever it had moved: of a chain of three, the newest disk's blocks first."""
     chain = place_vm(vm_dir, CHAIN, [2, 3])
+    data = [vm_dir / DISKS[0] / "data" / f"{TIMES[number]}.vhd/blocks/0" for number in range(3)]
+    for index in moved:
+        owner = max(number for number in range(3) if index in CHAIN[number].blocks)
+        (data[owner] / str(index)).rename(data[0] / str(index))
+    path = place_state(vm_dir, chain[:3])
+    path.write_bytes(path.read_bytes()[:size])
+    _, warnings = await clean(remote)
+    assert warnings == []
+    assert tree(vm_dir) == metadata(2, 3) | disk_names(DISKS[0], 2, 3) | {
+        f"{DISKS[0]}/data/{TIMES[number]}.vhd" for number in (0, 3)
+    }
+    for number in (2, 3):
+        assert await tags(remote, chain[number]) == model(CHAIN[: number + 1])
+
+
+@pytest.mark.parametrize("merge_too", [False, True])
+async def test_a_cut_state_of_a_disk_that_is_needed_keeps_everything(
+    remote: Remote, vm_dir: Path, merge_too: bool
+) -> None:
+    chain = place_vm(vm_dir, CHAIN, [0, 2, 3] if merge_too else [2, 3])
     path = place_state(vm_dir, chain[:3])
     path.write_bytes(path.read_bytes()[:-9])
     before = tree(vm_dir)
-    _, warnings = await clean(remote)
+    _, warnings = await clean(remote, merge=merge_too)
     assert warnings == [f"Issue loading {path.name}"]
     assert tree(vm_dir) == before
 

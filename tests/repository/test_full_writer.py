@@ -16,6 +16,7 @@ from proxy.repository import (
     read_backup,
     refuse_broken_xva,
 )
+from tests.remotes.objects.conftest import opened_s3
 from tests.repository.conftest import (
     NOON,
     VM,
@@ -121,6 +122,25 @@ async def test_a_cut_export_is_refused(remote: Remote, vm_dir: Path) -> None:
     assert names(vm_dir) == []
     await write_full(remote, validator=validator)
     assert names(vm_dir) == WRITTEN
+
+
+async def test_what_the_validator_refuses_leaves_nothing_on_an_object_store() -> None:
+    """No temporary name: the bytes are looked at under the final one, before the metadata."""
+    async with opened_s3() as (remote, server):
+        seen: list[tuple[str, bool]] = []
+
+        async def validator(path: str, size: int) -> None:
+            seen.append((path.rpartition("/")[2], (await remote.stat(path)).size == size))
+            await refuse_broken_xva(remote, path, size)
+
+        with pytest.raises(Corrupt):
+            await write_full(remote, data=xva_bytes()[:2048], validator=validator)
+        assert server.objects == {}
+        assert seen == [(f"{NAME}.xva", True)]
+        await write_full(remote, validator=validator)
+        stored = {key.rpartition("/")[2] for key in server.objects}
+        assert stored == set(WRITTEN)
+        assert [backup.size for backup in await list_vm_backups(remote, VM)] == [len(xva_bytes())]
 
 
 async def test_a_storage_that_lost_bytes_is_noticed(remote: Remote, vm_dir: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.disks.merge_state import MergeState, Phase, Step
+from proxy.disks.merge_state import CUT, MergeState, Phase, Step
 from proxy.errors import Corrupt, Unreachable
 from proxy.repository.chains import Lineage, StoredDisk, is_temporary
 from proxy.repository.planning import Interrupted, Plan, plan
@@ -186,9 +186,23 @@ def test_aliases_of_nothing_go_alone() -> None:
     assert messages(result) == ["missing target of alias"]
 
 
-def test_a_file_does_not_take_an_aliass_name() -> None:
-    mixed = replace(disk("b", alias=True), parent=p("a.vhd"), parent_uuid=uuid("a"))
-    assert plan(lineage(disk("a"), mixed), [mixed.path]).merge == ()
+@pytest.mark.parametrize("alias_first", [False, True])
+def test_a_file_and_an_alias_are_not_merged_and_the_log_says_so(alias_first: bool) -> None:
+    """Upstream loses both chains: it renames an alias to a disk's name, or makes an alias of
+    the file and then removes the file."""
+    oldest, newest = disk("a", alias=alias_first), disk("b", alias=not alias_first)
+    newest = replace(newest, parent=oldest.path, parent_uuid=uuid("a"))
+    result = plan(lineage(oldest, newest), [newest.path])
+    assert (result.merge, result.delete) == ((), ())
+    [(message, data)] = result.warnings
+    assert "cannot be merged" in message
+    assert "full backup" in message
+    assert data == {"oldest": oldest.path, "newest": newest.path}
+    gone = plan(lineage(oldest, newest), [])  # the chain has aged out
+    assert gone.delete == (newest.path, oldest.path)
+    between = replace(disk("c", alias=alias_first), parent=newest.path, parent_uuid=uuid("b"))
+    [chain] = plan(lineage(oldest, newest, between), [between.path]).merge
+    assert len(chain) == 3, "in between any kind is fine"
 
 
 def state(*names: str, step: Step = Step.BLOCKS, **more: Any) -> dict[str, MergeState]:
@@ -264,6 +278,46 @@ def test_unreadable_states_freeze_the_directory() -> None:
     )
     assert replace(result, warnings=()) == Plan()
     assert messages(result) == ["Issue loading .a.vhd.merge.json"]
+
+
+def cut(name: str) -> dict[str, Corrupt]:
+    return {p(f".{name}.merge.json"): Corrupt("cut", data={"what": CUT})}
+
+
+def test_a_state_that_a_crash_cut_is_a_merge_to_do_again() -> None:
+    """Xen Orchestra writes it in place.  Before, nothing was ever merged there any more."""
+    for number, footer in enumerate(("a", "c", "d")):
+        first = replace(CHAIN[0], uuid=uuid(footer))  # the footer of what was merged into it
+        disks = (first, *CHAIN[1:], disk("e", "d"))
+        result = plan(lineage(*disks, bad_states=cut("a.vhd")), [p("d.vhd"), p("e.vhd")])
+        [interrupted] = result.resume
+        assert interrupted.chain == tuple(p(f"{name}.vhd") for name in "abcd"), number
+        assert interrupted.phase is Phase.BLOCKS
+        assert interrupted.state.parent_uuid == uuid("a")
+        assert interrupted.state.child_uuid == uuid("d")
+        assert (result.delete, result.merge, result.data) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("disks", "active", "more"),
+    [
+        (CHAIN[1:], "d", {}),
+        (CHAIN, "ad", {}),
+        (CHAIN, "", {}),
+        ((*CHAIN, disk("e", "b")), "de", {}),
+        (CHAIN, "d", {"unreadable": {p("x.vhd"): Corrupt("header")}}),
+        ((*CHAIN[:2], disk("c", "b", base=uuid("x")), CHAIN[3]), "d", {}),
+        ((replace(CHAIN[0], uuid=uuid("x")), *CHAIN[1:]), "d", {}),
+    ],
+    ids=["gone", "named", "no target", "fork", "unreadable", "broken link", "foreign"],
+)
+def test_a_cut_state_freezes_what_cannot_be_told(
+    disks: tuple[StoredDisk, ...], active: str, more: dict[str, Any]
+) -> None:
+    found = lineage(*disks, bad_states=cut("a.vhd"), **more)
+    result = plan(found, [p(f"{name}.vhd") for name in active])
+    assert replace(result, warnings=()) == Plan()
+    assert "Issue loading .a.vhd.merge.json" in messages(result)
 
 
 def test_a_state_without_its_disks_goes() -> None:

@@ -17,6 +17,7 @@ import trio
 
 from proxy.config import ApiConfig
 from proxy.config.values import Bytes, Seconds
+from proxy.jobs.traffic import Traffic
 from proxy.rpc import Address, Registry, create_app, open_listeners, serve, tls_context
 from proxy.rpc.methods import standard
 from proxy.tasks import Tasks, open_tasks
@@ -55,6 +56,7 @@ class StubServices:
         self.nursery = nursery
         self.tasks = tasks
         self.datadir = datadir
+        self.traffic = Traffic()
         self.open_remote: (
             Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Remote]] | None
         ) = None
@@ -74,7 +76,13 @@ class StubServices:
     def running_jobs(self) -> list[str]:
         return []
 
-    def remote(self, spec: Mapping[str, Any], /) -> AbstractAsyncContextManager[Remote]:
+    def open_connections(self) -> dict[str, int]:
+        return {"remote": 2, "pool": 1}
+
+    def remote(
+        self, spec: Mapping[str, Any], /, *, create: bool = True
+    ) -> AbstractAsyncContextManager[Remote]:
+        del create
         assert self.open_remote is not None
         return self.open_remote(spec)
 

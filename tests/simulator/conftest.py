@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from proxy.simulator import SimulatedPool, serve
+from proxy.simulator.disks import BLOCK, UNIT
 
 
 class Client:
@@ -107,6 +108,27 @@ async def pool(nursery: trio.Nursery) -> SimulatedPool:
     made.add_generated(range(2, 3), disks=1, size=2 << 20, running=False)
     await nursery.start(partial(serve, made))
     return made
+
+
+ODD_SIZE = 5 * BLOCK + UNIT + 1536
+"""A last block that is only in part inside the disk, and in it a last MiB likewise."""
+
+
+async def one_odd_disk(nursery: trio.Nursery) -> SimulatedPool:
+    """One halted VM with a half-empty disk of an odd size, served."""
+    made = SimulatedPool.small(disk_size=ODD_SIZE, running=False, fill=0.5, kind="text", seed=7)
+    await nursery.start(partial(serve, made))
+    return made
+
+
+@pytest.fixture
+def vdi(pool: SimulatedPool) -> str:
+    """The first disk of the first VM."""
+    return pool.vms.disks(pool.vm("vm1"))[0]
+
+
+def content(pool: SimulatedPool, vdi: str) -> bytes:
+    return b"".join(pool.disks.contents[vdi].chunks())
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import subprocess
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,33 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import Corrupt
-from proxy.simulator import SimulatedPool, serve
+from proxy.simulator import SimulatedPool
 from proxy.simulator.disks import BLOCK, UNIT, DiskContent, Stamped
 from proxy.simulator.vhd_images import VhdReceiver
-from tests.simulator.conftest import Client
-
-SIZE = 5 * BLOCK + UNIT + 1536
-"""A last block that is only in part inside the disk, and in it a last MiB likewise."""
+from tests.simulator.conftest import ODD_SIZE, Client, content, one_odd_disk
 
 
 @pytest.fixture
 async def pool(nursery: trio.Nursery) -> SimulatedPool:
-    """One halted VM with a half-empty disk of an odd size."""
-    made = SimulatedPool.small(disk_size=SIZE, running=False, fill=0.5, kind="text", seed=7)
-    await nursery.start(partial(serve, made))
-    return made
+    return await one_odd_disk(nursery)
 
 
-@pytest.fixture
-def vdi(pool: SimulatedPool) -> str:
-    return pool.vms.disks(pool.vm("vm1"))[0]
-
-
-def content(pool: SimulatedPool, vdi: str) -> bytes:
-    return b"".join(pool.disks.contents[vdi].chunks())
-
-
-async def empty(client: Client, pool: SimulatedPool, size: int = SIZE) -> str:
+async def empty(client: Client, pool: SimulatedPool, size: int = ODD_SIZE) -> str:
     return str(await client.call("VDI.create", {"SR": pool.srs[1], "virtual_size": size}))
 
 
@@ -170,15 +154,15 @@ async def test_a_differencing_vhd(client: Client, pool: SimulatedPool, vdi: str)
     assert raw == b"".join(
         content(pool, new)[at : at + BLOCK]
         if at // BLOCK in (1, 2, 5)
-        else bytes(min(BLOCK, SIZE - at))
-        for at in range(0, SIZE, BLOCK)
+        else bytes(min(BLOCK, ODD_SIZE - at))
+        for at in range(0, ODD_SIZE, BLOCK)
     )
 
 
 async def test_a_disk_that_grew(client: Client, pool: SimulatedPool, vdi: str) -> None:
     vm = pool.vm("vm1")
     base = pool.vms.disks(await client.call("VM.snapshot", vm, "base"))[0]
-    pool.grow(pool.disk_uuids(vm)[0], SIZE + 10 * BLOCK)
+    pool.grow(pool.disk_uuids(vm)[0], ODD_SIZE + 10 * BLOCK)
     pool.mutate(pool.disk_uuids(vm)[0], [12])
     stream, _ = await client.export_disk(vdi, format="vhd", base=base)
     assert list(places(stream)) == [12]
@@ -287,7 +271,7 @@ async def test_what_qemu_wrote_is_imported(
     disk = content(pool, vdi)
     body = qemu_writes(disk, tmp_path, options)
     size = number(body, 48, 8)
-    assert (size == SIZE) == ("force_size" in options), "qemu rounds up to whole cylinders"
+    assert (size == ODD_SIZE) == ("force_size" in options), "qemu rounds up to whole cylinders"
     target = await empty(client, pool, size)
     answer, task = await client.import_disk(target, body, format="vhd")
     assert answer.status_code == 200
@@ -303,7 +287,7 @@ async def test_what_came_out_goes_in_without_memory(
     await client.import_disk(target, stream, format="vhd")
     assert pool.disks.contents[target].changed_units(pool.disks.contents[vdi]) == []
     units = pool.disks.contents[target]
-    kinds = {type(units.stored(number)) for number in range(SIZE // UNIT)}
+    kinds = {type(units.stored(number)) for number in range(ODD_SIZE // UNIT)}
     assert kinds == {Stamped, type(None)}
     assert await client.call("VDI.get_physical_utilisation", target) > 0
 
@@ -399,7 +383,7 @@ async def test_a_stream_that_does_not_fit(
     disk = bytearray(content(pool, vdi))
     disk[-1:] = b"x"
     pool.write(pool.disk_uuids(pool.vm("vm1"))[0], 0, bytes(disk))
-    size = {"larger": SIZE - BLOCK, "beyond the end": SIZE - 512}.get(what, SIZE)
+    size = {"larger": ODD_SIZE - BLOCK, "beyond the end": ODD_SIZE - 512}.get(what, ODD_SIZE)
     body, _ = await client.export_disk(vdi, format="vhd")
     if what == "overlap":
         made = bytearray(body)
@@ -412,7 +396,7 @@ async def test_a_stream_that_does_not_fit(
     elif what == "a block too many":
         # a small footer over a large table
         grown = pool.disks.contents[vdi].copy()
-        grown.resize(SIZE + BLOCK)
+        grown.resize(ODD_SIZE + BLOCK)
         grown.mutate([6], 1)
         other = pool.disks.create(grown, SR=pool.default_sr)
         large, _ = await client.export_disk(other, format="vhd")
@@ -468,7 +452,7 @@ async def test_raw_images(client: Client, pool: SimulatedPool, vdi: str) -> None
 async def test_a_disk_in_use_is_not_written(client: Client, pool: SimulatedPool, vdi: str) -> None:
     await client.call("VM.start", pool.vm("vm1"), False, False)
     disk = content(pool, vdi)
-    answer, task = await client.import_disk(vdi, bytes(SIZE))
+    answer, task = await client.import_disk(vdi, bytes(ODD_SIZE))
     assert task["error_info"] == ["VDI_IN_USE", vdi]
     assert b"VDI_IN_USE" in answer.content
     assert content(pool, vdi) == disk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,9 +10,10 @@ import trio
 from proxy.disks.disk import Blocks, RandomAccess, block_count, block_pool
 from proxy.disks.qcow2_stream import open_qcow2_stream, send_qcow2
 from proxy.formats.vhd import BITMAP_SIZE
-from proxy.simulator import SimulatedPool, serve
-from proxy.simulator.disks import BLOCK, UNIT
+from proxy.simulator import SimulatedPool
+from proxy.simulator.disks import BLOCK
 from tests.disks.qcow2_images import Source, checked, image, qemu_img, qemu_reads
+from tests.simulator.conftest import ODD_SIZE, content, one_odd_disk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,27 +22,14 @@ if TYPE_CHECKING:
     from tests.simulator.conftest import Client
 
 CLUSTER = 64 * 1024
-SIZE = 5 * BLOCK + UNIT + 1536
 
 
 @pytest.fixture
 async def pool(nursery: trio.Nursery) -> SimulatedPool:
-    """One halted VM with a half-empty disk of an odd size."""
-    made = SimulatedPool.small(disk_size=SIZE, running=False, fill=0.5, kind="text", seed=7)
-    await nursery.start(partial(serve, made))
-    return made
+    return await one_odd_disk(nursery)
 
 
-@pytest.fixture
-def vdi(pool: SimulatedPool) -> str:
-    return pool.vms.disks(pool.vm("vm1"))[0]
-
-
-def content(pool: SimulatedPool, vdi: str) -> bytes:
-    return b"".join(pool.disks.contents[vdi].chunks())
-
-
-async def empty(client: Client, pool: SimulatedPool, size: int = SIZE) -> str:
+async def empty(client: Client, pool: SimulatedPool, size: int = ODD_SIZE) -> str:
     fields = {
         "SR": pool.srs[1],
         "virtual_size": size,
@@ -94,7 +81,7 @@ async def test_a_full_export(client: Client, pool: SimulatedPool, vdi: str, tmp_
     made = tmp_path / "a.qcow2"
     made.write_bytes(stream)
     told = checked(made)
-    held = sum(any(disk[at : at + CLUSTER]) for at in range(0, SIZE, CLUSTER))
+    held = sum(any(disk[at : at + CLUSTER]) for at in range(0, ODD_SIZE, CLUSTER))
     assert told["allocated-clusters"] == held
     assert told["image-end-offset"] == len(stream)
     assert qemu_reads(made) == disk
@@ -109,13 +96,13 @@ async def test_an_export_with_a_base_has_the_changed_clusters_only(
     live = pool.disks.contents[vdi]
     live.write(3 * BLOCK + 5 * CLUSTER + 100, b"changed")
     live.write(BLOCK + CLUSTER, bytes(2 * CLUSTER))
-    live.write(SIZE - 3, b"end")
+    live.write(ODD_SIZE - 3, b"end")
     disk = content(pool, vdi)
     stream, _ = await client.export_disk(vdi, format="qcow2", base=base)
     made, raw = tmp_path / "a.qcow2", tmp_path / "base.raw"
     made.write_bytes(stream)
     changed = sum(
-        before[at : at + CLUSTER] != disk[at : at + CLUSTER] for at in range(0, SIZE, CLUSTER)
+        before[at : at + CLUSTER] != disk[at : at + CLUSTER] for at in range(0, ODD_SIZE, CLUSTER)
     )
     assert checked(made)["allocated-clusters"] == changed
     assert 2 <= changed <= 4
@@ -124,7 +111,7 @@ async def test_an_export_with_a_base_has_the_changed_clusters_only(
     assert qemu_reads(made) == disk
     opened = await open_qcow2_stream(Source(stream), is_differencing=True)
     assert set(opened.partial) >= {3}
-    opened.parent = Held(before, list(range(block_count(SIZE))))
+    opened.parent = Held(before, list(range(block_count(ODD_SIZE))))
     assert await overlaid(opened, before) == disk
 
 
@@ -189,11 +176,11 @@ async def test_a_second_cluster_of_the_l1_table_is_counted_from_zero(
 @pytest.mark.parametrize(
     ("made", "cut"),
     [
-        (image(SIZE, {}), 0),
-        (image(SIZE, {0: b"x", 1: b"y"}, gaps={1}), 0),
-        (image(SIZE, {0: b"x", 1: b"y"}), 1),
-        (image(SIZE, {0: b"x"}, flags=1 << 62), 0),
-        (image(SIZE + BLOCK, {SIZE // CLUSTER + 1: b"x"}), 0),
+        (image(ODD_SIZE, {}), 0),
+        (image(ODD_SIZE, {0: b"x", 1: b"y"}, gaps={1}), 0),
+        (image(ODD_SIZE, {0: b"x", 1: b"y"}), 1),
+        (image(ODD_SIZE, {0: b"x"}, flags=1 << 62), 0),
+        (image(ODD_SIZE + BLOCK, {ODD_SIZE // CLUSTER + 1: b"x"}), 0),
         (b"no image at all".ljust(CLUSTER), 0),
     ],
     ids=["no data", "gap", "cut", "compressed", "beyond the end", "no image"],

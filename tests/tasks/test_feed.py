@@ -196,17 +196,17 @@ async def test_a_thousand_waiters_wake_by_one_change(tasks: Tasks) -> None:
         for _ in range(1000):
             nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
-        assert tasks.statistics()["waiters"] == 1000
+        assert tasks.statistics().waiters == 1000
         task = await run_one(tasks)
     assert all(read(page)[0][:2] == ("add", task) for page in woken)
-    assert tasks.statistics()["waiters"] == 0
+    assert tasks.statistics().waiters == 0
 
 
 async def test_a_cancelled_waiter_leaves_nothing(tasks: Tasks) -> None:
     token = (await tasks.events("", 0)).token
     with trio.move_on_after(1):
         await tasks.events(token, 50)
-    assert tasks.statistics()["waiters"] == 0
+    assert tasks.statistics().waiters == 0
 
 
 async def test_stopping_releases_the_waiters(tasks: Tasks) -> None:

@@ -14,7 +14,7 @@ request ends at once; whether it took effect is then not known.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,7 +85,7 @@ class Upload(Protocol):
         """A part that is a range of the object ``source``, copied by the store."""
         ...
 
-    async def complete(self) -> None:
+    async def complete(self, *, condition: Condition | None = None) -> None:
         """The object is there, whole and durable.  ``Corrupt`` if the store did not confirm it."""
         ...
 
@@ -140,6 +140,15 @@ class ObjectStore(Protocol):
 
     async def upload(self, key: str) -> Upload:
         """Begin an object in parts."""
+        ...
+
+    async def capabilities(self) -> Mapping[str, Any]:
+        """What this endpoint can do, found out once by trying; JSON values for ``remote.test``.
+
+        ``conditionalPut`` says whether :class:`Condition` holds for puts and completes (a store
+        may ignore the header without a word), ``conditionalDelete`` for deletes, ``objectLock``
+        whether objects are immutable; others as the store likes.
+        """
         ...
 
     def requests(self) -> Mapping[str, int]:

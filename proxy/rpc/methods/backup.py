@@ -18,6 +18,7 @@ from proxy.repository import (
     list_vm_backups,
     vm_directory,
 )
+from proxy.repository.immutability import with_protection
 from proxy.rpc.registry import Params, Registry
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ async def delete_many(context: Context, params: DeleteMany) -> None:
 
 
 async def _delete(context: Context, spec: Mapping[str, Any], filenames: list[str]) -> None:
-    async with context.services.remote(spec) as remote:
+    async with context.services.remote(spec, create=False) as remote:
         await delete_backups(remote, filenames, wait=_LOCK_WAIT)
 
 
@@ -146,12 +147,13 @@ async def list_backups(
 
     async def one(remote_id: str, spec: Mapping[str, Any]) -> None:
         try:
-            async with context.services.remote(spec) as remote:
+            async with context.services.remote(spec, create=False) as remote:
                 by_vm: dict[str, list[Backup]]
                 if params.vm_id is UNSET:
                     by_vm = await list_all(remote)
                 else:
                     by_vm = {params.vm_id: await list_vm_backups(remote, params.vm_id)}
+                by_vm = await with_protection(remote, by_vm)
         except ProxyError as error:
             # XO shows what it gets: one dead remote must not hide the others' backups.
             _log.warning("a remote could not be listed", remote=remote_id, error=error.message)

@@ -45,7 +45,7 @@ class Delete(Params):
     result={"type": "boolean"},
 )
 async def delete(context: Context, params: Delete) -> None:
-    async with context.services.remote(params.remote) as remote:
+    async with context.services.remote(params.remote, create=False) as remote:
         await delete_metadata_backup(remote, params.backup_id, wait=_LOCK_WAIT)
 
 
@@ -91,7 +91,7 @@ async def _of_each(
 
     async def one(remote_id: str, spec: Mapping[str, Any]) -> None:
         try:
-            async with context.services.remote(spec) as remote:
+            async with context.services.remote(spec, create=False) as remote:
                 found[remote_id] = await read(remote)
         except ProxyError as error:
             # XO shows what it gets: one dead remote must not hide the others' backups.

@@ -40,7 +40,7 @@ class RemoteParams(Params):
 )
 async def get_info(context: Context, params: RemoteParams) -> dict[str, int]:
     """Bytes; what the remote cannot tell is left out."""
-    async with context.services.remote(params.remote) as remote:
+    async with context.services.remote(params.remote, create=False) as remote:
         info = dataclasses.asdict(await remote.info())
     return {name: value for name, value in info.items() if value is not None}
 
@@ -48,7 +48,7 @@ async def get_info(context: Context, params: RemoteParams) -> dict[str, int]:
 @methods.method("remote.ping", RemoteParams, result={"type": "object"})
 async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
     """Open the remote and look at it: one that is shared and open may be gone meanwhile."""
-    async with context.services.remote(params.remote) as remote:
+    async with context.services.remote(params.remote, create=False) as remote:
         await remote.list("/")
     return {"success": True}
 
@@ -65,6 +65,8 @@ async def ping(context: Context, params: RemoteParams) -> dict[str, bool]:
             "step": {"enum": ["write", "read", "unlink"]},
             "file": {"type": "string"},
             "error": {"type": "string"},
+            "capabilities": {"type": "object", "description": "what an object store can do"},
+            "warnings": {"type": "array", "items": {"type": "string"}},
         },
         "required": ["success"],
     },
@@ -83,5 +85,5 @@ async def test(context: Context, params: RemoteParams) -> dict[str, Any]:
     result={"type": "object", "properties": {"onDisk": {"type": "integer"}}},
 )
 async def get_total_backup_size(context: Context, params: RemoteParams) -> dict[str, int]:
-    async with context.services.remote(params.remote) as remote:
+    async with context.services.remote(params.remote, create=False) as remote:
         return {"onDisk": await total_backup_size(remote)}

@@ -1,0 +1,516 @@
+"""The remote on an SMB share that no kernel has mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import trio
+
+from proxy.errors import Conflict, NotFound, ProxyError, Refused
+from proxy.remotes import paths
+from proxy.remotes.holding import held
+from proxy.remotes.smb.connection import Login
+from proxy.remotes.smb.files import (
+    EditedFile,
+    Files,
+    NewFile,
+    OpenedFile,
+    Renames,
+    write_whole,
+)
+from proxy.remotes.smb.lock import ShareLock
+from proxy.remotes.smb.names import Place
+from proxy.remotes.smb.options import parse_options
+from proxy.remotes.smb.share import Call, Share
+from proxy.runtime.deadlines import deadline, undo_within
+from proxy.runtime.threads import Work, in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.remotes.interface import (
+        Batch,
+        Entry,
+        FileEditor,
+        FileReader,
+        FileStat,
+        FileWriter,
+        Lock,
+        Remote,
+        RemoteInfo,
+    )
+    from proxy.remotes.url import SmbUrl
+
+T = TypeVar("T")
+
+_UNDO_SECONDS: Final = 30
+GRACE_SECONDS = 5.0
+"""After a cancel a call that is under way may end well; then its connection is ended."""
+_LOCK_GRACE_SECONDS: Final = 0.5
+_ABORTED_SECONDS: Final = 1.0
+"""A call whose connection was ended returns at once, unless it is still connecting."""
+_FILES_PER_HOP: Final = 16
+_RENAMES_PER_HOP: Final = 64
+_CLEAR_ROUNDS: Final = 3
+
+
+async def open_smb_client(url: SmbUrl, merged: Mapping[str, Any], *, seconds: float = 30) -> Remote:
+    r"""Log in to the share of ``url`` and make the remote's directory there when it is missing.
+
+    ``merged`` is XO's record of the remote under the URL's own options; of it ``options``,
+    ``immutable`` and ``useVhdDirectory`` are read.  Raises ``Refused`` for options that cannot be
+    honoured, before anything is sent; ``Unauthorized``, ``NotFound`` naming the share,
+    ``Unreachable``.  On cancel nothing stays open.
+    """
+    text = merged.get("options")
+    if text is not None and not isinstance(text, str):
+        raise Refused("SMB options: not a text", code="EINVAL", data={"option": "options"})
+    options = parse_options(text)
+    server, share, below = _target(url)
+    login = Login(
+        server=server,
+        share=share,
+        username=options.username or url.username,
+        password=url.password if options.password is None else options.password,
+        domain=options.domain or url.domain,
+        options=options,
+    )
+    place = Place(f"{below}/{url.path}")
+    # Two connections: what is small never queues behind a backup's data, and no server lets a
+    # file be replaced that the same connection reads.
+    control = Share(login, place)
+    remote = SmbRemote(
+        control,
+        Share(login, place, names=control),
+        url=url.public,
+        is_immutable=merged.get("immutable") is True,
+        use_vhd_directory=bool(merged.get("useVhdDirectory")),
+    )
+    try:
+        with deadline("opening the SMB remote", seconds):
+            await remote.check()
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await remote.aclose()
+        raise
+    return remote
+
+
+def _target(url: SmbUrl) -> tuple[str, str, str]:
+    parts = [part for part in re.split(r"[\\/]", url.host) if part]
+    if len(parts) < 2:
+        raise Refused(
+            r"remote URL: host must be server\share", code="EINVAL", data={"part": "host"}
+        )
+    return parts[0].strip("[]"), parts[1], "/".join(parts[2:])
+
+
+class SmbRemote:
+    """See :class:`proxy.remotes.interface.Remote` for the contract.
+
+    A cancelled call is waited for while the server answers, then its connection is ended, so that
+    nothing of it happens later; whoever else had files open on that connection is told so.
+    """
+
+    is_encrypted = False
+    bounds_itself = True
+    """See :func:`proxy.remotes.wrapper.bounds_itself`."""
+
+    def __init__(
+        self,
+        control: Share,
+        bulk: Share,
+        *,
+        url: str,
+        is_immutable: bool = False,
+        use_vhd_directory: bool = False,
+    ) -> None:
+        self._control = control
+        self._bulk = bulk
+        self.url = url
+        self.is_immutable = is_immutable
+        self.use_vhd_directory = use_vhd_directory
+        self._closed = False
+
+    async def _run(
+        self,
+        share: Share,
+        function: Callable[..., T],
+        *args: object,
+        work: Work = Work.SHARE,
+        grace: float | None = None,
+    ) -> T:
+        """Call ``function`` in a thread; see the class for what a cancel does.
+
+        The thread is always waited for, as it may still write into the caller's buffer; only
+        those of locks, which have none, may be left behind while they connect.
+        """
+        call = Call()
+        ended = trio.Event()
+        outcome: list[T] = []
+        failure: Exception | None = None
+        waiting = trio.CancelScope(shield=True)
+
+        async def end_on_cancel() -> None:
+            try:
+                await ended.wait()
+            finally:
+                if not ended.is_set():
+                    with trio.CancelScope(shield=True):
+                        with trio.move_on_after(GRACE_SECONDS if grace is None else grace):
+                            await ended.wait()
+                        if not ended.is_set():
+                            call.is_given_up = True
+                            share.abort()
+                            with trio.move_on_after(_ABORTED_SECONDS):
+                                await ended.wait()
+                            if work is Work.LOCK:
+                                waiting.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(end_on_cancel)
+                try:
+                    with waiting:
+                        outcome.append(
+                            await in_thread(work, call.run, function, *args, abandon=True)
+                        )
+                except Exception as error:  # noqa: BLE001 (raised below, out of the nursery's group)
+                    failure = error
+                finally:
+                    ended.set()
+        except trio.Cancelled:
+            if not outcome:
+                raise
+            # what was opened has an owner; the cancel is heard at the next checkpoint
+        if failure is not None:
+            raise failure
+        return outcome[0]
+
+    async def check(self) -> None:
+        """Make the remote's directory when it is missing, and see that it can be listed."""
+
+        def check() -> None:
+            if not self._control.is_read_only:
+                self._control.make_root()
+            self._control.stat("")
+            self._control.items("")
+
+        await self._run(self._control, check)
+
+    async def read_file(self, path: str, *, limit: int = 64 * 1024 * 1024) -> bytes:
+        return await self._run(self._bulk, self._bulk.read_file, path, limit)
+
+    async def read_files(
+        self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+    ) -> Sequence[bytes | ProxyError]:
+        """Many files per thread hop, all of them asked for before the first is taken."""
+        contents: deque[bytes | ProxyError] = deque()
+        for first in range(0, len(paths), _FILES_PER_HOP):
+            some = paths[first : first + _FILES_PER_HOP]
+            contents.extend(await self._run(self._bulk, self._read_some, some, limit))
+        return tuple(contents)
+
+    def _read_some(self, paths: Sequence[str], limit: int) -> Sequence[bytes | ProxyError]:
+        started: deque[Any] = deque()
+        for path in paths:
+            try:
+                started.append(self._bulk.start_read(path, limit))
+            except ProxyError as error:
+                started.append(error)
+        contents: deque[bytes | ProxyError] = deque()
+        for path, start in zip(paths, started, strict=True):
+            if isinstance(start, ProxyError):
+                contents.append(start)
+                continue
+            try:
+                contents.append(self._bulk.finish_read(path, limit, start))
+            except ProxyError as error:
+                contents.append(error)
+        return tuple(contents)
+
+    async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        def write() -> None:
+            write_whole(self._bulk, path, data, exclusive=exclusive, in_place=self.is_immutable)
+
+        await self._run(self._bulk, write)
+
+    def create(
+        self, path: str, *, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[FileWriter]:
+        return self._create(path, exclusive=exclusive)
+
+    @contextlib.asynccontextmanager
+    async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
+        file = NewFile(self._bulk, path, exclusive=exclusive, in_place=self.is_immutable)
+        async with self._ended(
+            f"removing the temporary file of '{file.path}'",
+            file.discard,
+            note="its temporary file is left behind",
+        ):
+            await self._run(self._bulk, file.open)
+            yield _Writer(self, file)
+
+    def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
+        return self._edit(path)
+
+    @contextlib.asynccontextmanager
+    async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
+        if self.is_immutable:
+            raise _immutable("changed", path)
+        file = await self._run(self._bulk, EditedFile, self._bulk, path)
+        async with self._ended(f"closing '{file.path}'", file.close, note="it is not closed"):
+            yield _Editor(self, file)
+
+    def batch(self) -> AbstractAsyncContextManager[Batch]:
+        return self._batch()
+
+    @contextlib.asynccontextmanager
+    async def _batch(self) -> AsyncIterator[Batch]:
+        await trio.lowlevel.checkpoint()
+        files = Files(self._bulk, exclusive=self.is_immutable)
+        try:
+            yield _Batch(self, files)
+        finally:
+            files.close()
+
+    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
+        if self.is_immutable and pairs:
+            raise _immutable("renamed", pairs[0][0])
+        renames = Renames(self._control)
+        async with self._ended(
+            "making renames durable", renames.sync, note="a crash may undo what was renamed"
+        ):
+            for first in range(0, len(pairs), _RENAMES_PER_HOP):
+                some = pairs[first : first + _RENAMES_PER_HOP]
+                await self._run(self._control, renames.run, some, first)
+            await self._run(self._control, renames.sync)
+        return tuple(renames.missing)
+
+    def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
+        return self._open_read(path)
+
+    @contextlib.asynccontextmanager
+    async def _open_read(self, path: str) -> AsyncIterator[FileReader]:
+        file = await self._run(self._bulk, OpenedFile, self._bulk, path)
+        async with self._ended(f"closing '{file.path}'", file.close, note="it is not closed"):
+            yield _Reader(self, file)
+
+    async def list(self, path: str) -> list[Entry]:
+        return await self._run(self._control, self._control.entries, path)
+
+    async def stat(self, path: str) -> FileStat:
+        return await self._run(self._control, self._control.stat, path)
+
+    async def rename(self, old: str, new: str) -> None:
+        if self.is_immutable:
+            raise _immutable("renamed", old)
+        await self._run(self._control, self._control.rename, old, new)
+
+    async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
+        try:
+            await self._run(self._control, self._control.unlink, path)
+        except NotFound as error:
+            if not (missing_ok and error.code == "ENOENT"):
+                raise
+
+    async def mktree(self, path: str) -> None:
+        await self._run(self._control, self._control.mktree, path)
+
+    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
+        try:
+            await self._run(self._control, self._control.rmdir, path)
+        except NotFound as error:
+            if not (missing_ok and error.code == "ENOENT"):
+                raise
+
+    async def rmtree(self, path: str) -> None:
+        """One directory per step, so that a cancel takes effect between two."""
+        if not paths.normalise(path):
+            raise Refused(
+                "EBUSY: the root of a remote cannot be removed", code="EBUSY", data={"path": "/"}
+            )
+        try:
+            if not (await self.stat(path)).is_dir:
+                raise Conflict(
+                    f"ENOTDIR: not a directory, rmtree '{path}'",
+                    code="ENOTDIR",
+                    data={"path": path},
+                )
+            await self._remove(paths.normalise(path))
+        except NotFound as error:
+            if error.code != "ENOENT":
+                raise
+
+    async def _remove(self, top: str) -> None:
+        # (directory, times it was emptied); depth first without recursion, as the local remote
+        pending = [(top, 0)]
+        while pending:
+            directory, rounds = pending.pop()
+            try:
+                if rounds:
+                    await self._run(self._control, self._control.rmdir, directory)
+                    continue
+                below = await self._run(self._control, self._control.clear, directory)
+            except Conflict:
+                if not rounds or rounds > _CLEAR_ROUNDS:
+                    raise
+                below = await self._run(self._control, self._control.clear, directory)
+            except NotFound as error:
+                if error.code != "ENOENT":
+                    raise
+                continue
+            pending.append((directory, rounds + 1))
+            pending.extend((name, 0) for name in below)
+
+    def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
+        async def run(function: Callable[[], object]) -> object:
+            return await self._run(
+                self._control, function, work=Work.LOCK, grace=_LOCK_GRACE_SECONDS
+            )
+
+        return held(ShareLock(self._control, path, owner, run), wait)
+
+    async def info(self) -> RemoteInfo:
+        return await self._run(self._control, self._control.info)
+
+    async def aclose(self) -> None:
+        """Idempotent; ends the connections and waits for their threads.  Operations under way are
+        told that their connection is lost, later ones are ``Refused`` (``EBADF``)."""
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        with undo_within("closing the SMB remote", _UNDO_SECONDS):
+            for share in (self._control, self._bulk):
+                await in_thread(Work.SHARE, share.close, abandon=True)
+
+    async def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
+        """Files only, each directory in one step, as the local remote's."""
+        top = paths.normalise(path)
+        pending = [top]
+        while pending:
+            directory = pending.pop()
+            try:
+                found = await self._run(self._control, self._control.list_with_stat, directory)
+            except NotFound as error:
+                if directory == top or error.code != "ENOENT":
+                    raise
+                continue
+            below: list[str] = []
+            for name, status in found:
+                full = paths.join(directory, name)
+                if status.is_dir:
+                    below.append(full)
+                else:
+                    yield full, status
+            pending.extend(reversed(below))
+
+    async def on_bulk(self, function: Callable[..., T], *args: object) -> T:
+        """For the files that are open here."""
+        return await self._run(self._bulk, function, *args)
+
+    @contextlib.asynccontextmanager
+    async def _ended(self, name: str, end: Callable[[], None], *, note: str) -> AsyncIterator[None]:
+        """Call ``end`` behind the block, whatever happens; ``note`` is what its failure means.
+
+        The block's own error is the one to tell: a failure of ``end`` is then added to it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            try:
+                await self._end(name, end)
+            except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
+                error.add_note(f"and {note}: {undo}")
+            raise
+        else:
+            await self._end(name, end)
+
+    async def _end(self, name: str, end: Callable[[], None]) -> None:
+        with undo_within(name, _UNDO_SECONDS):
+            await self._run(self._bulk, end)
+
+
+def _immutable(what: str, path: str) -> Refused:
+    return Refused(
+        f"EPERM: '{path}' cannot be {what} on an immutable remote",
+        code="EPERM",
+        data={"path": path},
+    )
+
+
+class _Writer:
+    def __init__(self, remote: SmbRemote, file: NewFile) -> None:
+        self._remote = remote
+        self._file = file
+        self.temporary_path = file.temporary_path
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await self._remote.on_bulk(self._file.write, data)
+
+    async def commit(self) -> None:
+        await self._remote.on_bulk(self._file.sync)
+        # a cancel that came during the flush, which may be long, is heard here
+        await self._remote.on_bulk(self._file.publish)
+
+
+class _Reader:
+    def __init__(self, remote: SmbRemote, file: OpenedFile) -> None:
+        self.size = file.size
+        self._remote = remote
+        self._file = file
+        self._position = 0
+
+    async def read_into(self, buffer: memoryview) -> int:
+        count = await self._remote.on_bulk(self._file.read_on, self._position, buffer)
+        self._position += count
+        return count
+
+    async def read_at(self, offset: int, length: int) -> bytes:
+        def read() -> bytes:
+            buffer = bytearray(max(0, min(length, self.size - offset)))
+            return bytes(buffer[: self._file.read_at(offset, memoryview(buffer))])
+
+        return await self._remote.on_bulk(read)
+
+    async def read_into_at(self, offset: int, buffer: memoryview) -> int:
+        return await self._remote.on_bulk(self._file.read_at, offset, buffer)
+
+
+class _Editor:
+    def __init__(self, remote: SmbRemote, file: EditedFile) -> None:
+        self._remote = remote
+        self._file = file
+
+    @property
+    def size(self) -> int:
+        return self._file.size
+
+    async def read_into(self, offset: int, buffer: memoryview) -> int:
+        return await self._remote.on_bulk(self._file.read_into, offset, buffer)
+
+    async def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        await self._remote.on_bulk(self._file.write_at, offset, data)
+
+    async def truncate(self, size: int) -> None:
+        await self._remote.on_bulk(self._file.truncate, size)
+
+    async def sync(self) -> None:
+        await self._remote.on_bulk(self._file.sync)
+
+
+class _Batch:
+    def __init__(self, remote: SmbRemote, files: Files) -> None:
+        self._remote = remote
+        self._files = files
+
+    async def write(self, path: str, data: bytes | memoryview) -> None:
+        await self._remote.on_bulk(self._files.write, path, data)
+
+    async def commit(self) -> None:
+        await self._remote.on_bulk(self._files.sync)

@@ -1,0 +1,88 @@
+"""The life of an encrypted chain on each kind of remote, through the daemon's services alone.
+
+What each kind alone can do wrong is told by the tests beside it; here all of them hold what
+wrappers, encryption and runs expect of them together.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+
+from proxy.config import Config
+from proxy.config.schema import RemoteOptions, RemotesConfig
+from proxy.config.values import Seconds
+from proxy.errors import ProxyError
+from proxy.repository import delete_backups, list_all
+from proxy.simulator import SimulatedPool
+from tests.remotes import samba as samba_server
+from tests.remotes import server as file_server
+from tests.remotes.objects.fake_s3 import FakeS3, serving
+
+from .conftest import KEY, House, open_house
+from .test_incremental_backup import MIB, back_up, change, digests, restored
+from .test_verify_run import statuses, verified
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUERY = f"useVhdDirectory=true&encryptionKey={quote(json.dumps(KEY))}"
+
+
+async def url_of(kind: str, house: House, stack: AsyncExitStack) -> str:
+    if kind == "s3":
+        server = await stack.enter_async_context(serving(FakeS3(page=50)))
+        url, _, rest = server.url("dir").partition("#")
+        return f"{url}?{QUERY}" + (f"#{rest}" if rest else "")
+    if kind == "nfs":
+        return f"nfs://server:{house.root / 'export'}?{QUERY}"
+    if kind == "smb":
+        path = str(house.root / "export").replace("/", "\\")
+        return f"smb://user:pass@DOMAIN\\\\server\\share\0{path}?{QUERY}"
+    reason = samba_server.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    samba = stack.enter_context(samba_server.started(house.root))
+    return samba.url(house.root / "export", query=f"&{QUERY}")
+
+
+@pytest.mark.parametrize("kind", ["s3", "nfs", "smb", "smb without a mount"])
+async def test_an_encrypted_chain_lives_on_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncExitStack() as stack:
+        mounts = tmp_path / "mounts"
+        if kind in ("nfs", "smb"):
+            mounts = stack.enter_context(file_server.serving(tmp_path, monkeypatch)).mounts
+        config = Config(
+            remotes=RemotesConfig(disable_file_remotes=False),
+            remote_options=RemoteOptions(mounts_dir=mounts),
+            resource_cache_delay=Seconds(0),
+        )
+        pool = SimulatedPool.small(disk_size=8 * MIB)
+        house = await stack.enter_async_context(open_house(pool, tmp_path, config=config))
+        url = await url_of(kind, house, stack)
+        spec: dict[str, Any] = {"id": "remote1", "name": "remote1", "url": url}
+        house.remotes["remote1"] = spec
+        points: list[list[str]] = []
+        for number in range(3):
+            change(house, number, number + 1)
+            points.append(digests(house))
+            outcome = await back_up(house, exportRetention=2)
+            assert outcome.status == "success", outcome.snapshot
+        vm = house.pool.vm_uuid("vm1")
+        async with house.services.remote(spec) as remote:
+            backups = [backup.id for backup in (await list_all(remote))[vm]]
+        assert [await restored(house, each) for each in backups] == points[-2:]
+        assert statuses(await verified(house, "remote1", level="read")) == ["ok", "ok"]
+        async with house.services.remote(spec) as remote:
+            await delete_backups(remote, backups[:1])
+        assert await restored(house, backups[1]) == points[-1]
+        other = {**spec, "url": url.replace(quote(json.dumps(KEY)), quote(json.dumps(KEY[::-1])))}
+        with pytest.raises(ProxyError, match="key"):
+            async with house.services.remote(other):
+                pass

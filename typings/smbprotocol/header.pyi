@@ -1,0 +1,2 @@
+class Commands:
+    SMB2_SESSION_SETUP: int
