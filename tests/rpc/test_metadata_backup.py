@@ -61,6 +61,7 @@ async def test_listings_are_the_recorded_ones(
     assert answer.body.decode() == expected
     # a remote that fails is absent and hides no other
     broken = {"url": "file:///dev/null/nowhere"}
+    (tmp_path / "none").mkdir()
     remotes = {"broken": broken, "remote1": remote(tmp_path), "empty": remote(tmp_path, "none")}
     found = (await proxy.call(method, {"remotes": remotes})).json()["result"]
     nothing: Any = {} if "Pool" in method else []

@@ -33,8 +33,15 @@ METHODS = {
 }
 WRITES = {"backup.run", "remote.test"}
 """What may make the directory of a remote."""
+LISTINGS = {
+    "backup.listVmBackups",
+    "backup.listPoolMetadataBackups",
+    "backup.listXoMetadataBackups",
+}
+"""What leaves a remote out that fails."""
 VM = "11111111-2222-4333-8444-555555555555"
 BACKUP = f"/xo-vm-backups/{VM}/20261124T120000Z.json"
+CONFIGURATION = f"xo-config-backups/{VM}/20261124T120000Z"
 KNOWN: dict[str, Any] = {
     "backupId": BACKUP,
     "filename": BACKUP,
@@ -85,6 +92,8 @@ def params_of(method: Method, url: str) -> dict[str, Any]:
             "xapis": {},
             "recordToXapi": {},
         }
+    if method.name.endswith("MetadataBackup"):
+        given["backupId"] = CONFIGURATION
     return {
         name: given.get(name, EMPTY[part.get("type", "object")])
         for name, part in method.schema["properties"].items()
@@ -125,10 +134,10 @@ async def test_disabled_file_remotes_are_refused_by_every_method(tmp_path: Path,
     async with context_of(tmp_path, disabled=True) as context:
         for folder in (there, tmp_path / "missing"):
             text = await called(context, METHODS[name], f"file://{folder}")
-            if name != "backup.listVmBackups":  # a remote that fails is left out
-                assert "Local remotes are disabled in proxies" in text
-            else:
+            if name in LISTINGS:
                 assert text == "[{}]"
+            else:
+                assert "Local remotes are disabled in proxies" in text
     assert list(there.iterdir()) == []
     assert not (tmp_path / "missing").exists()
 
@@ -139,5 +148,5 @@ async def test_only_what_writes_makes_the_directory_of_a_remote(tmp_path: Path, 
     async with context_of(tmp_path, disabled=False) as context:
         text = await called(context, METHODS[name], f"file://{missing}")
     assert missing.exists() == (name in WRITES)
-    if name not in WRITES | {"backup.listVmBackups"}:
+    if name not in WRITES | LISTINGS:
         assert "does not exist" in text
