@@ -11,7 +11,9 @@ may have cancel scopes of its own, which must not begin inside ours.
 Where the operating system does not let go of a thread (a change on a file system that hangs),
 the time cannot be kept: to answer before the effect is decided would be a lie about it.
 
-Locks wait for nobody: they must be refreshed while data queues.
+Locks wait for nobody: they must be refreshed while data queues.  Nor do writes where they may
+wait for other writers (for memory): with all turns taken by those that wait, those that could
+go on would never get one.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from proxy.remotes.wrapper import Operation, Wrapper
+from proxy.remotes.wrapper import Operation, Wrapper, writers_wait
 from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
@@ -52,9 +54,10 @@ class Bounded(Wrapper):
         super().__init__(inner)
         self._turns = trio.Semaphore(at_once)
         self._seconds = seconds
+        self._unlimited = _UNLIMITED | ({"create.write"} if writers_wait(inner) else set[str]())
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
-        if operation.verb in _UNLIMITED:
+        if operation.verb in self._unlimited:
             return await run()
         async with self._turns:
             if operation.verb in _ENDLESS or not self._seconds:

@@ -99,6 +99,12 @@ def bounds_itself(remote: Remote) -> bool:
     return getattr(innermost(remote), "bounds_itself", False)
 
 
+def writers_wait(remote: Remote) -> bool:
+    """Whether a write to one file may wait for what writers of others give back, which these do
+    only when they can go on: it must hold nothing that they need."""
+    return getattr(innermost(remote), "writers_wait", False)
+
+
 async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
     """Of each file, whether the storage refuses to change it *now*: tried, and without effect.
 

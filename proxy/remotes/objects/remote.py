@@ -53,6 +53,8 @@ class ObjectRemote:
     """See :func:`proxy.remotes.wrapper.tries_again`."""
     bounds_itself = True
     """See :func:`proxy.remotes.wrapper.bounds_itself`."""
+    writers_wait = True
+    """For the memory of parts; see :func:`proxy.remotes.wrapper.writers_wait`."""
 
     def __init__(
         self,

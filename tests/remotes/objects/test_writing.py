@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import Conflict, ProxyError, Unreachable
+from proxy.remotes.bounds import Bounded
 from proxy.remotes.objects import parts
 from proxy.remotes.objects.parts import Memory, Sizes
 from proxy.remotes.objects.remote import ObjectRemote
@@ -214,3 +215,29 @@ async def test_a_large_rename_is_copied_in_parts() -> None:
 
 def test_limits_are_those_of_amazon() -> None:
     assert Limits(5 << 20, 5 << 30, 10_000, 5 << 30, 5 << 30, 1000) == LIMITS
+
+
+async def test_a_writer_that_waits_for_memory_takes_no_turn_from_those_that_have_it() -> None:
+    """Else enough backups at once wait for each other for ever: the first have begun a part and
+    need a turn to fill it, the others hold all turns and need the memory of that part."""
+    store = MemoryStore()
+    remote = remote_on(store, budget=8)
+    bounded = Bounded(remote, at_once=1, seconds=0)
+    with trio.fail_after(5):
+        async with counted(remote._memory), trio.open_nursery() as nursery:
+
+            async def write(name: str, begun: trio.Event) -> None:
+                async with bounded.create(name) as file:
+                    await file.write(b"12")
+                    await begun.wait()
+                    await file.write(b"345")
+                    await file.commit()
+
+            begun = trio.Event()
+            for name in ("a", "b", "c"):
+                nursery.start_soon(write, name, begun)
+            await trio.testing.wait_all_tasks_blocked()
+            begun.set()
+    assert {key: data for key, (data, _) in store.objects.items()} == {
+        f"dir/{name}": b"12345" for name in "abc"
+    }
