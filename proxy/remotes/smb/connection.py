@@ -30,7 +30,7 @@ from smbprotocol.header import Commands
 from smbprotocol.session import Session
 from smbprotocol.tree import TreeConnect
 
-from proxy.errors import NotFound, ProxyError, Refused, Unauthorized, Unreachable
+from proxy.errors import ProxyError, Refused, Unauthorized, Unreachable
 from proxy.remotes.smb import status
 from proxy.remotes.smb.options import SMALLEST_DIALECT, SmbOptions, limited
 from proxy.remotes.smb.status import StatusError, from_status
@@ -65,6 +65,8 @@ _CREDITS: Final = 512
 _LISTING: Final = 256 * 1024
 _PENDING: Final = 0x103
 _BAD_NETWORK_NAME: Final = 0xC000_00CC
+NO_SHARE: Final = "ENOSHARE"
+"""Of the error that says that the server has no such share (now)."""
 _GMAC: Final = SigningAlgorithms.AES_GMAC
 _GCM: Final = (Ciphers.AES_128_GCM, Ciphers.AES_256_GCM)
 _TRANSFORM = struct.Struct("<4s16s16sIHHQ")
@@ -418,8 +420,8 @@ def connect(login: Login, transport: Transport) -> Link:
     """Connect, log in, open the share.  Blocks for :data:`CONNECT_SECONDS` per step at most, and
     not beyond an abort of ``transport``.
 
-    Raises ``Unreachable``; ``Unauthorized`` for a wrong user or password; ``NotFound`` naming the
-    share; ``Refused`` for a server that is not as safe as the options demand.
+    Raises ``Unreachable``, with the code :data:`NO_SHARE` naming the share; ``Unauthorized`` for a
+    wrong user or password; ``Refused`` for a server that is not as safe as the options demand.
     """
     connection = _Connection(login, transport, sign=not login.options.guest)
     try:
@@ -482,9 +484,12 @@ def _translated(error: Exception, login: Login) -> ProxyError:
     where = f"'{login.server}'"
     data: dict[str, Any] = {"server": login.server, "share": login.share}
     if isinstance(error, SMBResponseException):
-        if error.status == _BAD_NETWORK_NAME:
-            return NotFound(
-                f"ENOENT: the SMB server {where} has no share '{login.share}'", data=data
+        # a share that is gone must not look like a file that is: that could be removed
+        if error.status in (_BAD_NETWORK_NAME, *status.MISSING):
+            return Unreachable(
+                f"ENOENT: the SMB server {where} has no share '{login.share}'",
+                code=NO_SHARE,
+                data=data,
             )
         return from_status(error.status, "connecting to", f"{login.server}\\{login.share}")
     if isinstance(error, SMBAuthenticationError):

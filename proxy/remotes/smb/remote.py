@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
 
-from proxy.errors import Conflict, NotFound, ProxyError, Refused
+from proxy.errors import Conflict, NotFound, ProxyError, Refused, Unreachable
 from proxy.remotes import paths
 from proxy.remotes.holding import held
-from proxy.remotes.smb.connection import Login
+from proxy.remotes.smb.connection import NO_SHARE, Login
 from proxy.remotes.smb.files import (
     EditedFile,
     Files,
@@ -93,9 +93,11 @@ async def open_smb_client(url: SmbUrl, merged: Mapping[str, Any], *, seconds: fl
     try:
         with deadline("opening the SMB remote", seconds):
             await remote.check()
-    except BaseException:
+    except BaseException as error:
         with trio.CancelScope(shield=True):
             await remote.aclose()
+        if isinstance(error, Unreachable) and error.code == NO_SHARE:
+            raise NotFound(error.message, data=error.data) from error
         raise
     return remote
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -25,7 +26,7 @@ from tests.remotes.conftest import opened, tree
 from tests.remotes.samba import PASSWORD, Samba
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
 MIB = 1024 * 1024
@@ -330,6 +331,31 @@ async def test_what_may_be_repeated_goes_on_over_a_new_connection(samba: Samba, 
                 got += buffer[:count]
         assert got == content
         assert [entry.name for entry in await remote.list("")] == ["f"]
+
+
+async def test_a_share_that_goes_away_is_no_empty_remote(samba: Samba, root: Path) -> None:
+    """Taken for a missing file, everything in it would count as removed."""
+    async with opened(samba.url(root)) as remote:
+        assert isinstance(remote, SmbRemote)
+        await remote.write_file("vm/f", b"x")
+        for share in (remote._control, remote._bulk):
+            share._login = dataclasses.replace(share._login, share="none")
+        kill_connections(samba)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: remote.unlink("vm/f"),
+            lambda: remote.rmdir("vm"),
+            lambda: remote.rmtree("vm"),
+            lambda: remote.list("vm"),
+            lambda: remote.stat("vm/f"),
+            lambda: remote.read_file("vm/f"),
+        ]
+        for call in calls:
+            for _ in range(2):  # the second one is told what the first one found
+                with pytest.raises(Unreachable):
+                    await call()
+        for read in await remote.read_files(["vm/f"]):
+            assert isinstance(read, Unreachable)
+    assert (root / "vm/f").exists()
 
 
 async def test_a_file_that_was_written_is_lost_with_its_connection(
