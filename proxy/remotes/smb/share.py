@@ -211,7 +211,8 @@ class Share:
     def missing_directory(self, path: str, error: StatusError) -> StatusError:
         """``error``, or that a file stands where a directory of ``path`` should.
 
-        Servers answer ``PATH_NOT_FOUND`` for both.
+        Servers answer ``PATH_NOT_FOUND`` for both, and when the remote's own directory is gone:
+        that is ``Unreachable`` (``ESTALE``), as nobody may take it for an empty remote.
         """
         if error.status not in (status.PATH_NOT_FOUND, status.NAME_NOT_FOUND):
             return error
@@ -229,7 +230,21 @@ class Share:
             if not found.is_dir:
                 return StatusError(status.NOT_A_DIRECTORY, error.step)
             return error
+        if paths.normalise(path):
+            self._refuse_vanished()
         return error
+
+    def _refuse_vanished(self) -> None:
+        try:
+            self._look("")
+        except StatusError as error:
+            if error.status in status.MISSING:
+                raise Unreachable(
+                    "ESTALE: the remote's directory was removed from the share since it was "
+                    "opened; check the server's file systems and open the remote again",
+                    code="ESTALE",
+                ) from None
+            raise
 
     @contextlib.contextmanager
     def translated(self, doing: str, path: str) -> Iterator[None]:

@@ -358,6 +358,30 @@ async def test_a_share_that_goes_away_is_no_empty_remote(samba: Samba, root: Pat
     assert (root / "vm/f").exists()
 
 
+async def test_a_remote_whose_directory_goes_away_is_no_empty_one(samba: Samba, root: Path) -> None:
+    """As when the server's own file system is not mounted."""
+    async with opened(samba.url(root)) as remote:
+        await remote.write_file("vm/a/f", b"x")
+        root.rename(root.with_name("aside"))
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: remote.unlink("vm/a/f"),
+            lambda: remote.unlink("f"),
+            lambda: remote.rmdir("vm"),
+            lambda: remote.rmtree("vm"),
+            lambda: remote.list("vm"),
+            lambda: remote.stat("vm/a/f"),
+            lambda: remote.read_file("vm/a/f"),
+            lambda: remote.write_file("vm/g", b""),
+        ]
+        for call in calls:
+            with pytest.raises(Unreachable) as caught:
+                await call()
+            assert caught.value.code == "ESTALE"
+        root.with_name("aside").rename(root)
+        assert await remote.read_file("vm/a/f") == b"x"
+    assert tree(root) == ["vm", "vm/a", "vm/a/f"]
+
+
 async def test_a_file_that_was_written_is_lost_with_its_connection(
     samba: Samba, root: Path
 ) -> None:
