@@ -259,8 +259,8 @@ class S3Store:
         return dict(self._client.requests)
 
     async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
         self._client.close()
+        await trio.lowlevel.checkpoint()
 
 
 def condition_headers(condition: Condition | None) -> dict[str, str]:

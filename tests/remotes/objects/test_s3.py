@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from proxy.errors import (
     Unreachable,
 )
 from proxy.remotes import RemoteOptions, open_remote, opened_remote
+from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.objects.s3 import S3Store
 from proxy.remotes.objects.s3_client import S3Client
 from proxy.remotes.objects.s3_endpoint import S3Endpoint
 from proxy.remotes.url import S3Url, parse_url
+from proxy.remotes.wrapper import innermost
 from tests.remotes.conftest import OPTIONS
 from tests.remotes.objects.conftest import TRIES, opened_s3
 from tests.remotes.objects.fake_s3 import Answer, FakeS3, serving
@@ -754,3 +757,18 @@ async def test_connections_are_kept() -> None:
             with pytest.raises(NotFound):
                 await remote.stat("none")
         assert server.connections == before
+
+
+async def test_a_cancel_does_not_keep_its_connections_open() -> None:
+    """A daemon that stops closes its remotes in cancelled tasks."""
+    async with serving(FakeS3()) as fake:
+        with trio.CancelScope() as scope:
+            async with opened_remote({"url": fake.url("dir")}, options=OPTIONS) as remote:
+                store = innermost(remote)
+                assert isinstance(store, ObjectRemote)
+                await remote.write_file("f", b"x")
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+        with pytest.raises(Refused, match="EBADF"):
+            await store.stat("f")
+        assert store._store._inner._client._pool._idle == deque()  # type: ignore[attr-defined]
