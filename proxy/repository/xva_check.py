@@ -44,9 +44,14 @@ async def is_valid_xva(remote: Remote, path: str, *, size: int | None = None) ->
 async def refuse_broken_xva(remote: Remote, path: str, size: int) -> None:
     """A validator for ``open_full_backup``: ``Corrupt`` when the export was cut.
 
-    Before its commit an encrypted file lacks its end, so that its size tells nothing yet.
+    Before its commit an encrypted file lacks its end, so that what is stored tells nothing yet:
+    there ``size``, the bytes that were written, is all that is looked at.
     """
-    if not await is_valid_xva(remote, path, size=None if remote.is_encrypted else size):
+    if remote.is_encrypted:
+        is_valid = size > _SMALLEST
+    else:
+        is_valid = await is_valid_xva(remote, path, size=size)
+    if not is_valid:
         raise Corrupt(
             "the exported VM is not a complete XVA: the export was cut; run the backup again",
             data={"size": size},

@@ -9,6 +9,8 @@ import pytest
 import trio
 
 from proxy.errors import Conflict, Corrupt, ProxyError, Refused, Unreachable
+from proxy.formats.encrypted import Algorithm, FileCipher
+from proxy.remotes.encryption import Encrypted
 from proxy.repository import (
     list_vm_backups,
     lock_vm,
@@ -122,6 +124,22 @@ async def test_a_cut_export_is_refused(remote: Remote, vm_dir: Path) -> None:
     assert names(vm_dir) == []
     await write_full(remote, validator=validator)
     assert names(vm_dir) == WRITTEN
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+async def test_a_whole_export_passes_on_an_encrypted_remote(
+    remote: Remote, algorithm: Algorithm
+) -> None:
+    """Before its commit a file lacks its end, without which aes-256-cbc tells no size at all."""
+    encrypted = Encrypted(remote, FileCipher(algorithm, "0123456789abcdef0123456789abcdef"))
+
+    async def validator(path: str, size: int) -> None:
+        await refuse_broken_xva(encrypted, path, size)
+
+    backup = await write_full(encrypted, validator=validator)
+    assert (await list_vm_backups(encrypted, VM)) == [backup]
+    with pytest.raises(Corrupt):
+        await write_full(encrypted, NOON + 1000, data=b"cut", validator=validator)
 
 
 async def test_what_the_validator_refuses_leaves_nothing_on_an_object_store() -> None:
