@@ -10,7 +10,7 @@ import structlog
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.repository.cache import read_directory, refresh_cache
 from proxy.repository.clean import clean_vm
-from proxy.repository.immutability import is_protection
+from proxy.repository.immutability import is_protected
 from proxy.repository.locks import lock_vm
 from proxy.repository.metadata import Backup, read_backup
 from proxy.repository.paths import backup_path, split_backup_path, vm_directory, xva_name
@@ -142,17 +142,16 @@ def _data_of(backup: Backup, needed: set[str | None]) -> list[str]:
 
 async def _delete_one(remote: Remote, backup: Backup, data: Sequence[str]) -> None:
     outcome = "it is protected and stays as it is until that ends"
-    try:
-        await remote.unlink(backup.id)
-        outcome = "it is no backup any more; a clean removes its data when the protection ends"
-        for path in data:
+    for path in (backup.id, *data):
+        try:
             await remote.unlink(path)
-    except Refused as error:
-        if not is_protection(error):
-            raise
-        raise Refused(
-            f"{error.message}: {outcome}", code=error.code, data={**error.data, "id": backup.id}
-        ) from error
+        except Refused as error:
+            if not await is_protected(remote, path, error):
+                raise
+            raise Refused(
+                f"{error.message}: {outcome}", code="EPERM", data={**error.data, "id": backup.id}
+            ) from error
+        outcome = "it is no backup any more; a clean removes its data when the protection ends"
 
 
 async def _delete_of_vm(

@@ -34,6 +34,19 @@ def is_protection(error: BaseException) -> bool:
     return isinstance(error, Refused) and error.code == "EPERM"
 
 
+async def is_protected(remote: Remote, path: str, error: Refused) -> bool:
+    """Whether ``error``, of removing ``path``, comes from the storage's protection.
+
+    SMB servers say ``EACCES`` for it, as for whoever lacks a right: that is believed only where a
+    protection is declared and the file cannot be written now either.
+    """
+    if is_protection(error):
+        return True
+    if error.code != "EACCES" or not await is_declared(remote):
+        return False
+    return all(await protected_of(remote, [path]))
+
+
 async def is_declared(remote: Remote) -> bool:
     """Whether somebody says that backups on this remote are protected; in doubt yes."""
     if remote.is_immutable:

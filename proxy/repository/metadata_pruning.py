@@ -10,9 +10,9 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Many, NotFound, ProxyError
+from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.repository.clean import ORPHAN_AGE
-from proxy.repository.immutability import is_protection
+from proxy.repository.immutability import is_protected
 from proxy.repository.metadata_backup_paths import METADATA_NAME, metadata_backup_path
 from proxy.repository.metadata_backup_writer import lock_metadata
 from proxy.repository.metadata_backups import read_dated
@@ -65,7 +65,8 @@ async def prune_metadata(
         try:
             await _remove(remote, f"{directory}/{name}")
         except ProxyError as error:
-            if is_protection(error):
+            first = f"{directory}/{name}/{METADATA_NAME}"
+            if isinstance(error, Refused) and await is_protected(remote, first, error):
                 protected.append(f"{name}: {error.message}")
             else:
                 errors.append(error)

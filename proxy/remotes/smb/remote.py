@@ -377,6 +377,26 @@ class SmbRemote:
 
         return held(ShareLock(self._control, path, owner, run), wait)
 
+    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
+        """See :func:`proxy.remotes.wrapper.protected_of`; opened for writing, not written."""
+        found: deque[bool] = deque()
+        for first in range(0, len(files), _FILES_PER_HOP):
+            some = files[first : first + _FILES_PER_HOP]
+            found.extend(await self._run(self._bulk, self._protected, some))
+        return tuple(found)
+
+    def _protected(self, files: Sequence[str]) -> Sequence[bool]:
+        return tuple(map(self._is_protected, files))
+
+    def _is_protected(self, path: str) -> bool:
+        try:
+            EditedFile(self._bulk, path).close()
+        except Refused as error:
+            return error.code in ("EPERM", "EACCES")
+        except ProxyError:
+            return False
+        return False
+
     async def info(self) -> RemoteInfo:
         return await self._run(self._control, self._control.info)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from proxy.remotes.wrapper import protected_of
 from tests.jobs.test_incremental_backup import (
     back_up,
     change,
@@ -14,6 +15,7 @@ from tests.jobs.test_incremental_backup import (
     house_of,
     restored,
 )
+from tests.protection import protection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,3 +57,31 @@ async def test_a_full_backup_restores_from_a_share(tmp_path: Path, samba: Samba)
         await house.clean()
         (backup,) = house.backups(remote)
         assert await restored(house, backup, remote) == digests(house)
+
+
+async def test_retention_on_a_share_waits_for_the_end_of_protection(
+    tmp_path: Path, samba: Samba
+) -> None:
+    """SMB has no word of its own for it: the server denies the access, as to a stranger."""
+    with protection(tmp_path) as protect:
+        async with house_of(tmp_path, running=False) as house:
+            remote = share(house, samba, "smb1")
+            request = house.request(remotes=(remote,), settings={"exportRetention": 1})
+            assert (await house.run(request)).status == "success"
+            (first,) = house.backups(remote)
+            folder = house.folder(remote)
+            files = [path for path in folder.rglob("*") if path.name[:16] == first[-21:-5]]
+            protect(*files)
+            (export,) = (await house.run(request)).of("export")
+            assert export["status"] == "failure"  # nobody says that anything is protected
+            (folder / "immutability.json").write_text("{}")
+            (export,) = (await house.run(request)).of("export")
+            assert export["status"] == "success"
+            (warning,) = export["data"]["warnings"]
+            assert warning["message"] == "old backups are protected and are removed by a later run"
+            async with house.services.remote(house.remotes[remote]) as opened:
+                assert await protected_of(opened, [first, "/missing", "/"]) == (True, False, False)
+            protect(*files, on=False)
+            assert (await house.run(request)).status == "success"
+            assert len(house.backups(remote)) == 1
+            await house.clean()
