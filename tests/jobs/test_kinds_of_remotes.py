@@ -1,4 +1,4 @@
-"""The life of an encrypted chain on each kind of remote, through the daemon's services alone.
+"""The life of a chain on each kind of remote, through the daemon's services alone.
 
 What each kind alone can do wrong is told by the tests beside it; here all of them hold what
 wrappers, encryption and runs expect of them together.
@@ -7,6 +7,7 @@ wrappers, encryption and runs expect of them together.
 from __future__ import annotations
 
 import json
+import secrets
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -30,29 +31,53 @@ from .test_verify_run import statuses, verified
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.azurite import Azurite
+
 QUERY = f"useVhdDirectory=true&encryptionKey={quote(json.dumps(KEY))}"
 
 
-async def url_of(kind: str, house: House, stack: AsyncExitStack) -> str:
+async def url_of(
+    kind: str, query: str, house: House, stack: AsyncExitStack, request: pytest.FixtureRequest
+) -> str:
     if kind == "s3":
         server = await stack.enter_async_context(serving(FakeS3(page=50)))
         url, _, rest = server.url("dir").partition("#")
-        return f"{url}?{QUERY}" + (f"#{rest}" if rest else "")
+        return f"{url}?{query}" + (f"#{rest}" if rest else "")
+    if kind == "azure":
+        emulator: Azurite = request.getfixturevalue("azurite")
+        return emulator.url(f"/c{secrets.token_hex(8)}/dir", f"?{query}")
     if kind == "nfs":
-        return f"nfs://server:{house.root / 'export'}?{QUERY}"
+        return f"nfs://server:{house.root / 'export'}?{query}"
     if kind == "smb":
         path = str(house.root / "export").replace("/", "\\")
-        return f"smb://user:pass@DOMAIN\\\\server\\share\0{path}?{QUERY}"
+        return f"smb://user:pass@DOMAIN\\\\server\\share\0{path}?{query}"
     reason = samba_server.why_not()
     if reason is not None:
         pytest.skip(reason)
     samba = stack.enter_context(samba_server.started(house.root))
-    return samba.url(house.root / "export", query=f"&{QUERY}")
+    return samba.url(house.root / "export", query=f"&{query}")
 
 
-@pytest.mark.parametrize("kind", ["s3", "nfs", "smb", "smb without a mount"])
+@pytest.mark.parametrize("kind", ["s3", "azure", "nfs", "smb", "smb without a mount"])
 async def test_an_encrypted_chain_lives_on_it(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    await live(tmp_path, kind, QUERY, monkeypatch, request)
+
+
+@pytest.mark.parametrize("kind", ["nfs", "smb"])
+async def test_a_chain_of_files_lives_on_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    await live(tmp_path, kind, "useVhdDirectory=false", monkeypatch, request)
+
+
+async def live(
+    tmp_path: Path,
+    kind: str,
+    query: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     async with AsyncExitStack() as stack:
         mounts = tmp_path / "mounts"
@@ -65,7 +90,7 @@ async def test_an_encrypted_chain_lives_on_it(
         )
         pool = SimulatedPool.small(disk_size=8 * MIB)
         house = await stack.enter_async_context(open_house(pool, tmp_path, config=config))
-        url = await url_of(kind, house, stack)
+        url = await url_of(kind, query, house, stack, request)
         spec: dict[str, Any] = {"id": "remote1", "name": "remote1", "url": url}
         house.remotes["remote1"] = spec
         points: list[list[str]] = []
@@ -82,6 +107,8 @@ async def test_an_encrypted_chain_lives_on_it(
         async with house.services.remote(spec) as remote:
             await delete_backups(remote, backups[:1])
         assert await restored(house, backups[1]) == points[-1]
+        if query != QUERY:
+            return
         other = {**spec, "url": url.replace(quote(json.dumps(KEY)), quote(json.dumps(KEY[::-1])))}
         with pytest.raises(ProxyError, match="key"):
             async with house.services.remote(other):
