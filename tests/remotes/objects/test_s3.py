@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ssl
 import time
 from collections import deque
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,8 @@ from proxy.remotes.objects.s3_client import S3Client
 from proxy.remotes.objects.s3_endpoint import S3Endpoint
 from proxy.remotes.url import S3Url, parse_url
 from proxy.remotes.wrapper import innermost
+from proxy.runtime.background import background
+from tests import certificates
 from tests.remotes.conftest import OPTIONS
 from tests.remotes.objects.conftest import TRIES, opened_s3
 from tests.remotes.objects.fake_s3 import Answer, FakeS3, serving
@@ -772,3 +778,39 @@ async def test_a_cancel_does_not_keep_its_connections_open() -> None:
         with pytest.raises(Refused, match="EBADF"):
             await store.stat("f")
         assert store._store._inner._client._pool._idle == deque()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("option", ["", "?allowUnauthorized=true"])
+async def test_a_self_signed_endpoint_is_taken_by_option_alone(option: str, tmp_path: Path) -> None:
+    identity = certificates.make("s3")
+    certificates.write(identity, tmp_path, authority=identity)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server-cert.pem", tmp_path / "server-key.pem")
+
+    async def forward(outside: trio.SSLStream[trio.SocketStream]) -> None:
+        async def pump(source: trio.abc.ReceiveStream, target: trio.abc.SendStream) -> None:
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                async for piece in source:
+                    await target.send_all(piece)
+            nursery.cancel_scope.cancel()
+
+        async with await trio.open_tcp_stream("127.0.0.1", fake.port) as inside:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump, outside, inside)
+                nursery.start_soon(pump, inside, outside)
+
+    async with serving(FakeS3()) as fake, background() as tasks:
+        (listener,) = await tasks.start(
+            partial(trio.serve_ssl_over_tcp, forward, 0, context, host="127.0.0.1")
+        )
+        port = listener.transport_listener.socket.getsockname()[1]
+        url = f"s3://fakekey:fakesecretkey@127.0.0.1:{port}/bucket{option}"
+        if option:
+            async with opened_remote({"url": url}, options=OPTIONS) as remote:
+                await remote.write_file("f", b"x")
+            assert fake.objects["f"].data == b"x"
+        else:
+            with pytest.raises(Unreachable) as caught:
+                await open_remote({"url": url}, options=OPTIONS)
+            assert caught.value.code == "DEPTH_ZERO_SELF_SIGNED_CERT"
+            assert fake.log == []
