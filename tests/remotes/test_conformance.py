@@ -100,7 +100,7 @@ async def test_what_is_missing_is_not_found(remote: Remote) -> None:
         _ = [path async for path in remote.walk("no")]
 
 
-async def test_removing_what_is_missing_is_done_already(remote: Remote) -> None:
+async def test_weakness_21_removing_what_is_missing_is_done_already(remote: Remote) -> None:
     """Upstream's rmtree fails with ENOENT on a missing directory."""
     await remote.unlink("no/such")
     await remote.rmdir("no/such")
@@ -301,9 +301,15 @@ async def test_the_root_cannot_be_changed(remote: Remote, path: str) -> None:
     assert await names(remote) == ["a"]
 
 
-async def test_paths_that_climb_stay_inside(remote: Remote) -> None:
+async def test_weakness_20_paths_that_climb_stay_inside(remote: Remote) -> None:
+    """Upstream normalises all but some: a copy below a prefix can be written outside of it."""
     await remote.write_file("../../../x/f", b"inside")
     assert await remote.read_file("x/f") == b"inside"
+    if not remote.is_immutable:
+        await remote.rename("../x/f", "../../y/g")
+        assert [path async for path, _ in remote.walk("..")] == ["y/g"]
+        assert await remote.rename_all([("../y/g", "/../f")]) == ()
+        assert await remote.read_file("f") == b"inside"
 
 
 async def test_a_nul_byte_is_refused(remote: Remote) -> None:
