@@ -93,7 +93,13 @@ def _explained(error: ProxyError, endpoint: S3Endpoint) -> ProxyError:
         part = "bucket"
     elif isinstance(error, NotFound):
         # no answer of a store that has the bucket
-        part = part or "host"
+        data = {**error.data, "part": part or "host"}
+        return NotFound(
+            f"{place}: {error.code}: this server does not answer as S3 does"
+            f" (HTTP {error.data.get('status')}): check host and port of the URL",
+            code=error.code,
+            data=data,
+        )
     elif isinstance(error, Unauthorized):
         code = error.data.get("s3Code")
         part = part or {

@@ -143,6 +143,15 @@ async def test_credentials_clock_and_region_are_told_apart(
         assert server.verbs() == ["object-lock"], "nothing of that passes by itself"
 
 
+async def test_a_server_that_is_no_s3_is_named() -> None:
+    async with serving(FakeS3()) as server:
+        for verb in ("object-lock", "list"):
+            server.fail(verb, answer=lambda _: Answer(404, b"<html>Not here</html>"))
+        with pytest.raises(ProxyError, match="does not answer as S3 does") as caught:
+            await open_remote({"url": server.url()}, options=OPTIONS)
+        assert (caught.value.code, caught.value.data["part"]) == ("ENOENT", "host")
+
+
 async def test_a_server_that_is_not_there_is_unreachable() -> None:
     with pytest.raises(Unreachable):
         await open_remote({"url": "s3+http://k:s@127.0.0.1:1/b"}, options=OPTIONS)
