@@ -18,6 +18,7 @@ from rich.table import Table
 from proxy.cli.client import Client, Stream, connection
 from proxy.cli.failures import Failure
 from proxy.cli.metadata import metadata
+from proxy.cli.remote_url import ask, remote_argument
 from proxy.cli.verifying import verify
 from proxy.cli.views import Note
 
@@ -30,6 +31,9 @@ _WIDTH = 160
 def backups(client: Client) -> None:
     """Look after the backups of one remote.
 
+    REMOTE is its URL, such as file:///backups, or @FILE, a file that holds it: other users of
+    this machine can see what stands on a command line.
+
     The connection given here is the default of the subcommands.
     """
 
@@ -39,18 +43,17 @@ backups.add_command(metadata)
 
 
 @backups.command("list")
-@click.argument("remote_url", metavar="REMOTE")
+@remote_argument
 @click.option("--vm", help="Only this VM's backups (uuid).")
 @connection
 def list_(client: Client, remote_url: str, vm: str | None) -> None:
-    """List the VM backups that REMOTE holds (a URL such as file:///backups)."""
+    """List the VM backups that REMOTE (a URL, or @FILE with it) holds."""
     params: dict[str, Any] = {"remotes": {REMOTE: {"url": remote_url}}}
     if vm is not None:
         params["vmId"] = vm
+    ask(client, remote_url)
     found = client.scalar("backup.listVmBackups", params)
     if REMOTE not in found:
-        # a listing leaves out what fails; asked alone the remote says why
-        client.scalar("remote.ping", {"remote": {"url": remote_url}})
         raise Failure("the remote could not be read, the daemon's log says why")
     if not any(found[REMOTE].values()):
         click.echo("no backups", err=True)
@@ -72,7 +75,7 @@ def list_(client: Client, remote_url: str, vm: str | None) -> None:
 
 
 @backups.command()
-@click.argument("remote_url", metavar="REMOTE")
+@remote_argument
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.confirmation_option(prompt="Delete these backups for good?")
 @connection
@@ -82,6 +85,7 @@ def delete(client: Client, remote_url: str, ids: tuple[str, ...]) -> None:
     Ids that name no backup are told: they may be mistyped, or gone already.
     """
     spec = {"url": remote_url}
+    ask(client, remote_url)
     found = client.scalar("backup.listVmBackups", {"remotes": {REMOTE: spec}})
     client.scalar("backup.deleteVmBackups", {"filenames": list(ids), "remote": spec})
     listed = {backup["id"] for of_vm in found.get(REMOTE, {}).values() for backup in of_vm}
@@ -93,7 +97,7 @@ def delete(client: Client, remote_url: str, ids: tuple[str, ...]) -> None:
 
 
 @backups.command()
-@click.argument("remote_url", metavar="REMOTE")
+@remote_argument
 @click.argument("backup_id", metavar="ID")
 @click.option("--pool", required=True, help="URL of the pool's master.")
 @click.option("--user", default="root", show_default=True)

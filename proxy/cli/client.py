@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _COOKIE_SAFE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 """What RFC 6265 lets a cookie hold: sent as it is, since upstream does not decode."""
 _CONNECT = 10.0
+_UNHANDLED = "Unhandled remote type"
+"""Xen Orchestra's message for the URL of no kind of remote, which says nothing more."""
 
 
 class Fault(msgspec.Struct, rename="camel"):
@@ -51,6 +53,11 @@ class CallError(Failure):
         if self.code == InvalidParams.rpc_code:
             faults = msgspec.convert(self.data or {}, Faults).errors
             lines += [f"  {fault.instance_path or '/'}: {fault.message}" for fault in faults]
+        elif lines == [_UNHANDLED]:
+            from proxy.remotes.url import SUPPORTED_TYPES  # noqa: PLC0415  only a failure needs it
+
+            shown = ", ".join(f"{name}://" for name in SUPPORTED_TYPES)
+            lines += [f"  the URL of a remote begins with one of {shown}"]
         super().__init__("\n".join(lines))
 
 

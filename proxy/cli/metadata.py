@@ -11,22 +11,22 @@ from rich.table import Table
 
 from proxy.cli.client import Client, connection
 from proxy.cli.failures import Failure
+from proxy.cli.remote_url import ask, remote_argument
 
 _REMOTE = "remote"
 _WIDTH = 240
 
 
 @click.command()
-@click.argument("remote_url", metavar="REMOTE")
+@remote_argument
 @connection
 def metadata(client: Client, remote_url: str) -> None:
     """List the backups of pools and of Xen Orchestra's configuration that REMOTE holds."""
     params: dict[str, Any] = {"remotes": {_REMOTE: {"url": remote_url}}}
+    ask(client, remote_url)
     pools = client.scalar("backup.listPoolMetadataBackups", params)
     configs = client.scalar("backup.listXoMetadataBackups", params)
     if _REMOTE not in pools or _REMOTE not in configs:
-        # a listing leaves out what fails; asked alone the remote says why
-        client.scalar("remote.ping", {"remote": {"url": remote_url}})
         raise Failure("the remote could not be read, the daemon's log says why")
     entries = [("Xen Orchestra", entry) for entry in configs[_REMOTE]]
     for uuid, of_pool in pools[_REMOTE].items():

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from proxy.cli.client import Client, Stream, connection
 from proxy.cli.failures import Failure
+from proxy.cli.remote_url import remote_argument
 
 _STYLES = {
     "ok": "green",
@@ -64,7 +65,7 @@ class _Summary(msgspec.Struct, rename="camel"):
 
 
 @click.command()
-@click.argument("remote_url", metavar="REMOTE")
+@remote_argument
 @click.option("--vm", help="Only this VM's backups (uuid).")
 @click.option("--backup", "filename", help="Only this backup (the id that `list` shows).")
 @click.option("--read", is_flag=True, help="Read all data and compare it with its checksums.")

@@ -55,14 +55,8 @@ class MetadataConfig(Section, frozen=True):
 class BackupsConfig(Section, frozen=True):
     dir_mode: Annotated[int, msgspec.Meta(ge=0, le=0o7777)] = 0o700
     """Mode of the directories made on remotes."""
-    disable_merge_worker: bool = False
-    """Merge inside the run that made it necessary instead of after it."""
     snapshot_name_label_tpl: str = "[XO Backup {job.name}] {vm.name_label}"
     vhd_directory_compression: Literal["brotli", "gzip", "none"] = "brotli"
-    merge_block_concurrency: AtLeastOne = 2
-    """Blocks merged at once in one chain."""
-    write_block_concurrency: AtLeastOne = 16
-    """Blocks of one disk written at once to one remote."""
     default_settings: dict[str, Any] = {}
     """Settings below those of the job, for every kind of job."""
     vm: VmConfig = VmConfig()
@@ -130,33 +124,14 @@ class RemotesConfig(Section, frozen=True):
     """Refuse ``file://`` remotes, which would name the appliance's own disk."""
 
 
-class RetryWhenInUse(Section, frozen=True):
-    tries: AtLeastOne = 5
-    delay: Seconds = Seconds(5)
-
-
 class XapiOptions(Section, frozen=True):
     max_uncoalesced_vdis: Count = 1
     """A longer chain on the SR makes the VM's backup be skipped."""
-    watch_events: tuple[str, ...] = (
-        "network",
-        "PIF",
-        "pool",
-        "SR",
-        "task",
-        "VBD",
-        "VDI",
-        "VIF",
-        "VM",
-        "VM_guest_metrics",
-    )
     prefer_nbd: bool = False
-    nbd_options: dict[str, Any] = {}
     call_timeout: Seconds = Seconds(3600)
     """Longest answer to one XAPI call."""
     http_inactivity_timeout: Seconds = Seconds(300)
     """Silence allowed on a connection to a host."""
-    vdi_destroy_retry_when_in_use: RetryWhenInUse = RetryWhenInUse()
 
 
 class TasksConfig(Section, frozen=True):
@@ -196,9 +171,12 @@ class Config(Section, frozen=True):
 
 
 IGNORED: dict[str, str] = {
+    "backups.disableMergeWorker": "merges are always part of the run that made them necessary",
     "backups.disableWorkers": "every run is a task of this process",
     "backups.maxMergedDeltasPerRun": "write it in [backups.defaultSettings]",
+    "backups.mergeBlockConcurrency": "how many blocks are on their way is fixed",
     "backups.useGetDiskLegacy": "disks are read without a mount",
+    "backups.writeBlockConcurrency": "how many blocks are on their way is fixed",
     "http.listen.*.acmeCa": "certificates from ACME are not supported, use cert and key",
     "http.listen.*.acmeDomain": "certificates from ACME are not supported, use cert and key",
     "http.listen.*.acmeEmail": "certificates from ACME are not supported, use cert and key",
@@ -208,5 +186,8 @@ IGNORED: dict[str, str] = {
     "remoteOptions.withLimit": "the limit is always on",
     "remoteOptions.withRetry": "retries are always on",
     "remoteOptions.withTimeout": "the timeout is always on",
+    "xapiOptions.nbdOptions": "only the job's settings preferNbd and nbdConcurrency count",
+    "xapiOptions.vdiDestroyRetryWhenInUse": "a disk in use is tried again for 50 s",
+    "xapiOptions.watchEvents": "no copy of the pool is kept",
 }
 """Keys of Xen Orchestra's own proxy that mean nothing here, and why; ``*`` is any name."""

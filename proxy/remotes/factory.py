@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ async def _open_storage(
 
 
 async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> None:
-    """Raise ``NotFound`` when a ``file`` remote's directory does not exist.
+    """Raise ``NotFound`` when a ``file`` remote's directory does not exist, or is none.
 
     For those who only look: opening it would make the directory, and a mistyped path would be an
     empty remote.  Everything else that is wrong is told by opening.
@@ -131,7 +132,7 @@ async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> 
         return
     with deadline("looking for the remote", options.open_seconds):
         try:
-            await in_thread(Work.DISK, os.stat, parsed.path, abandon=True)
+            status = await in_thread(Work.DISK, os.stat, parsed.path, abandon=True)
         except FileNotFoundError:
             raise NotFound(
                 f"ENOENT: the directory of the remote does not exist, open '{parsed.path}'; "
@@ -140,6 +141,12 @@ async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> 
             ) from None
         except OSError:
             return
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotFound(
+            f"ENOTDIR: the path of the remote is no directory, open '{parsed.path}'",
+            code="ENOTDIR",
+            data={"path": parsed.path},
+        )
 
 
 @contextlib.asynccontextmanager

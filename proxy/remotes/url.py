@@ -341,6 +341,10 @@ def _object_store(rest: str, own: set[str]) -> dict[str, Any]:
     login, _, host = authority.rpartition("@")
     username, _, password = login.partition(":")
     remember(password)
+    if not login and "@" in path:
+        remember(path.partition("@")[0].lstrip("/"))
+        remember(authority.partition(":")[2])
+        raise _wrong("password", "holds a '/', which must be written as %2F")
     decoded = _percent_decoded("password", password)
     remember(decoded)
     if not host:

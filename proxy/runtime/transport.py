@@ -64,6 +64,11 @@ def client_context(*, allow_unauthorized: bool) -> ssl.SSLContext:
     return context
 
 
+_PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"})
+"""OpenSSL's reasons, by its version, when what answers is no TLS."""
+_NO_TLS = ": what listens there speaks no TLS; check the port, and whether http was meant"
+
+
 def connect_error(error: BaseException, peer: str) -> ProxyError:
     """Say why ``peer`` could not be reached, with Node.js's name of the reason as the code.
 
@@ -81,7 +86,8 @@ def connect_error(error: BaseException, peer: str) -> ProxyError:
             )
         if isinstance(cause, ssl.SSLError):
             reason = cause.reason or "protocol error"
-            return Unreachable(f"TLS with {peer} failed: {reason}", code="EPROTO")
+            hint = _NO_TLS if reason in _PLAIN_ANSWERS else ""
+            return Unreachable(f"TLS with {peer} failed: {reason}{hint}", code="EPROTO")
         if isinstance(cause, socket.gaierror):
             return Unreachable(f"cannot resolve the name of {peer}", code="ENOTFOUND")
         if isinstance(cause, OSError) and cause.errno:

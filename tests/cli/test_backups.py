@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,47 @@ def test_a_remote_that_cannot_be_listed_says_why(stub: Stub, xo_proxy: Any) -> N
     assert found == (1, "", "xo-proxy: ENOTDIR: not a directory, mkdir '/dev/null/x'\n")
 
 
+@pytest.mark.parametrize("words", [("list",), ("metadata",), ("delete", "--yes")])
+def test_a_remote_that_does_not_answer_is_waited_for_once(
+    stub: Stub, xo_proxy: Any, words: tuple[str, ...]
+) -> None:
+    error = {"code": -32000, "message": "ECONNREFUSED: no"}
+    stub.body = json.dumps({"error": error, "id": 0, "jsonrpc": "2.0"}).encode()
+    ids = [str(BACKUP["id"])] if "delete" in words else []
+    found = xo_proxy("backups", *words, "s3://k:s@h/b", *ids, "--url", stub.url)
+    assert found == (1, "", "xo-proxy: ECONNREFUSED: no\n")
+    assert len(stub.asked) == 1
+
+
+def test_a_proxy_that_knows_no_ping_is_listed_all_the_same(stub: Stub, xo_proxy: Any) -> None:
+    error = {"code": -32601, "message": "method not found: remote.ping"}
+    stub.bodies["remote.ping"] = json.dumps({"error": error, "id": 0, "jsonrpc": "2.0"}).encode()
+    stub.body = answer({"remote": {}})
+    found = xo_proxy("backups", "list", "file:///backups", "--url", stub.url)
+    assert found == (0, "", "no backups\n")
+
+
+def test_a_mistyped_url_is_answered_with_the_kinds_of_remotes(stub: Stub, xo_proxy: Any) -> None:
+    error = {"code": -32000, "message": "Unhandled remote type"}
+    stub.body = json.dumps({"error": error, "id": 0, "jsonrpc": "2.0"}).encode()
+    code, _, err = xo_proxy("backups", "list", "/backups", "--url", stub.url)
+    assert code == 1
+    assert "file://, nfs://, smb://, s3://, s3+http://" in err
+
+
+def test_a_remote_may_be_read_from_a_file(stub: Stub, xo_proxy: Any, tmp_path: Path) -> None:
+    """Command lines can be read by every user of the machine."""
+    stub.body = answer({"remote": {}})
+    file = tmp_path / "remote"
+    file.write_text("s3://key:secret@host/bucket\n")
+    assert xo_proxy("backups", "list", f"@{file}", "--url", stub.url)[0] == 0
+    assert stub.asked[-1][1]["params"]["remotes"]["remote"]["url"] == "s3://key:secret@host/bucket"
+    file.write_text("\n")
+    for name, reason in ((file, "is empty"), (tmp_path / "none", "No such file")):
+        code, _, err = xo_proxy("backups", "list", f"@{name}", "--url", stub.url)
+        assert (code, reason in err) == (2, True)
+
+
 def test_a_deletion_names_its_backups_and_those_that_were_gone(stub: Stub, xo_proxy: Any) -> None:
     there = str(BACKUP["id"])
     stub.bodies["backup.listVmBackups"] = answer({"remote": {"vm-uuid": [BACKUP]}})
@@ -60,10 +102,11 @@ def test_a_deletion_names_its_backups_and_those_that_were_gone(stub: Stub, xo_pr
     assert xo_proxy(*words) == (0, "deleted 1\n", f"there was no backup {ids[1]}\n")
     asked = [request for _, request in stub.asked]
     assert [request["method"] for request in asked] == [
+        "remote.ping",
         "backup.listVmBackups",
         "backup.deleteVmBackups",
     ]
-    assert asked[1]["params"] == {"filenames": ids, "remote": {"url": "file:///backups"}}
+    assert asked[2]["params"] == {"filenames": ids, "remote": {"url": "file:///backups"}}
 
 
 def test_a_restore_prints_the_new_vm(

@@ -132,7 +132,7 @@ def test_a_group_without_default_command_takes_the_connection_too(
     """A remote is told to the daemon by its URL; whether it is there is the daemon's answer."""
     stub.body = b'{"id":0,"jsonrpc":"2.0","result":{"remote":{}}}'
     assert xo_proxy("backups", "--url", stub.url, "list", "file:///backups")[0] == 0
-    assert len(stub.asked) == 1
+    assert [asked["method"] for _, asked in stub.asked] == ["remote.ping", "backup.listVmBackups"]
 
 
 @pytest.mark.parametrize(

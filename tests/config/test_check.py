@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from proxy.config import Config, ConfigError, HttpConfig, ListenConfig, Places, load
+import proxy
+from proxy.config import Config, ConfigError, HttpConfig, ListenConfig, Places, load, schema
 from proxy.config.layers import VENDOR
 
 from .conftest import Etc
@@ -106,9 +108,26 @@ def test_upstreams_own_vendor_file_loads(etc: Etc) -> None:
     loaded = load(etc.places())
     assert loaded.config == load(Places(system=etc.root, user=etc.root, current=None)).config
     assert sorted(w.key for w in loaded.warnings) == [
+        ("backups", "disableMergeWorker"),
         ("backups", "maxMergedDeltasPerRun"),
         ("reverseProxies",),
+        ("xapiOptions", "watchEvents"),
     ]
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """A key that nothing reads promises what it does not do: it belongs to those without effect."""
+    rooms = Path(proxy.__file__).parent
+    code = "".join(
+        file.read_text("utf-8") for file in rooms.rglob("*.py") if file.name != "schema.py"
+    )
+    kinds = [
+        kind
+        for kind in vars(schema).values()
+        if isinstance(kind, type) and issubclass(kind, schema.Section)
+    ]
+    names = {name for kind in kinds for name in kind.__struct_fields__}
+    assert {name for name in names if f".{name}" not in code} == set()
 
 
 def test_null_takes_a_value_back_to_its_default_and_removes_a_listener(etc: Etc) -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from proxy.errors import ProxyError, Refused, Unreachable
+from proxy.errors import NotFound, ProxyError, Refused, Unreachable
 from proxy.remotes import RemoteOptions, open_remote, opened_remote, posix
+from proxy.remotes.factory import refuse_missing
 from tests.remotes.conftest import OPTIONS, tree
 
 if TYPE_CHECKING:
@@ -96,3 +97,15 @@ async def test_a_file_system_that_hangs_is_unreachable(
         await trio.sleep(0.01)
     assert closed[0]._descriptor is None  # what came too late keeps nothing open
     assert tree(root) == []
+
+
+async def test_a_mistyped_path_is_told_to_who_only_looks(tmp_path: Path) -> None:
+    """Opening it would say "file exists", of a directory that was to be made."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    for path, code in ((tmp_path / "none", "ENOENT"), (file, "ENOTDIR")):
+        with pytest.raises(NotFound) as caught:
+            await refuse_missing({"url": f"file://{path}"}, options=OPTIONS)
+        assert caught.value.code == code
+    await refuse_missing({"url": f"file://{tmp_path}"}, options=OPTIONS)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -134,6 +134,20 @@ def test_says_which_part_is_wrong(url: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKID:begin5/5middle/5end66@host/bucket",
+        "azure://account:begin5/5middle/5end66@account.blob.core.windows.net/container",
+    ],
+)
+def test_a_secret_with_a_slash_is_told_and_not_shown(url: str) -> None:
+    with pytest.raises(Refused, match="'/', which must be written as %2F") as caught:
+        parse_url(url)
+    assert caught.value.data == {"part": "password"}
+    assert scrub_text("AKID begin5 and 5middle/5end66") == "AKID *** and ***"
+
+
+@pytest.mark.parametrize(
     "url", ["", "ftp://nowhere", "local:///a", "azure+http://h/c", "/a", "test://"]
 )
 def test_an_unknown_type_has_upstreams_message(url: str) -> None:

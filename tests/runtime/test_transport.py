@@ -116,6 +116,7 @@ async def test_tls_that_fails_closes_the_connection(nursery: trio.Nursery) -> No
     with pytest.raises(Unreachable) as caught:
         await ours.start_tls(pinned_context())
     assert caught.value.code == "EPROTO"
+    assert "speaks no TLS" in caught.value.message
     assert ours.closed
     await theirs.aclose()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import NotFound, ProxyError, Refused, Unauthorized
+from proxy.remotes.objects.parts import BUDGET
 from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.objects.retrying import RetryingStore
 from proxy.remotes.objects.s3 import LIMITS, S3Store
@@ -72,7 +73,7 @@ def _limits(record: Mapping[str, Any]) -> Limits:
         value = record.get(option)
         if value is None or value is False:
             continue
-        highest = getattr(LIMITS, field)
+        highest = BUDGET // 2 if field == "smallest_part" else getattr(LIMITS, field)
         lowest = LIMITS.smallest_part if field != "most_parts" else 1
         if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
             raise Refused(
@@ -93,7 +94,13 @@ def _explained(error: ProxyError, endpoint: S3Endpoint) -> ProxyError:
         part = "bucket"
     elif isinstance(error, NotFound):
         # no answer of a store that has the bucket
-        part = part or "host"
+        data = {**error.data, "part": part or "host"}
+        return NotFound(
+            f"{place}: {error.code}: this server does not answer as S3 does"
+            f" (HTTP {error.data.get('status')}): check host and port of the URL",
+            code=error.code,
+            data=data,
+        )
     elif isinstance(error, Unauthorized):
         code = error.data.get("s3Code")
         part = part or {

@@ -74,7 +74,7 @@ class Sizes:
     """Of the parts of one object, by number from 1."""
 
     def __init__(self, limits: Limits, budget: int, *, first: int = PART) -> None:
-        self._first = max(first, limits.smallest_part)
+        self._first = max(min(first, limits.largest_part), limits.smallest_part)
         self._largest = max(self._first, min(limits.largest_part, budget // 2))
 
     def of(self, number: int) -> int:

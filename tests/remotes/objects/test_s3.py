@@ -24,6 +24,7 @@ from proxy.errors import (
     Unreachable,
 )
 from proxy.remotes import RemoteOptions, open_remote, opened_remote
+from proxy.remotes.objects.parts import BUDGET, Sizes
 from proxy.remotes.objects.remote import ObjectRemote
 from proxy.remotes.objects.s3 import S3Store
 from proxy.remotes.objects.s3_client import S3Client
@@ -90,6 +91,7 @@ def test_weakness_23_https_stays_https_through_format() -> None:
         ("s3://k:s@h:99999/b", "host"),
         ("s3://k:s@h:x/b", "host"),
         ("s3://k:s@h/b?minPartSize=1", "minPartSize"),
+        ("s3://k:s@h/b?minPartSize=67108865", "minPartSize"),
         ("s3://k:s@h/b?maxPartNumber=10001", "maxPartNumber"),
         ('s3://k:s@h/b?maxPartSize="big"', "maxPartSize"),
     ],
@@ -150,6 +152,32 @@ async def test_credentials_clock_and_region_are_told_apart(
             await open_remote({"url": server.url()}, options=OPTIONS)
         assert caught.value.data["part"] == part
         assert server.verbs() == ["object-lock"], "nothing of that passes by itself"
+
+
+@pytest.mark.parametrize(
+    ("query", "first", "largest"),
+    [
+        ("", 8 * MIB, 64 * MIB),
+        (f"?minPartSize={16 * MIB}", 16 * MIB, 64 * MIB),
+        (f"?minPartSize={64 * MIB}", 64 * MIB, 64 * MIB),
+        (f"?maxPartSize={6 * MIB}", 6 * MIB, 6 * MIB),
+    ],
+)
+async def test_a_server_with_narrower_limits_gets_parts_within_them(
+    query: str, first: int, largest: int
+) -> None:
+    async with opened_s3(query) as (remote, _):
+        sizes = Sizes(remote._store.limits, BUDGET)
+        assert (sizes.of(1), sizes.largest) == (first, largest)
+
+
+async def test_a_server_that_is_no_s3_is_named() -> None:
+    async with serving(FakeS3()) as server:
+        for verb in ("object-lock", "list"):
+            server.fail(verb, answer=lambda _: Answer(404, b"<html>Not here</html>"))
+        with pytest.raises(ProxyError, match="does not answer as S3 does") as caught:
+            await open_remote({"url": server.url()}, options=OPTIONS)
+        assert (caught.value.code, caught.value.data["part"]) == ("ENOENT", "host")
 
 
 async def test_a_server_that_is_not_there_is_unreachable() -> None:
