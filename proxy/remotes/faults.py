@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import trio
 
@@ -67,6 +67,18 @@ class Torn:
         assert operation.partially is not None, f"{operation.verb} writes nothing"
         await operation.partially(self.size)
         raise self.error
+
+
+@dataclass(slots=True)
+class Flip:
+    """Change one bit in the middle of what is read; only for operations that answer bytes."""
+
+    async def strike(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
+        content = await run()
+        assert isinstance(content, bytes), f"{operation.verb} answers no bytes"
+        flipped = bytearray(content)
+        flipped[len(flipped) // 2] ^= 1
+        return cast("T", bytes(flipped))
 
 
 @dataclass(slots=True)

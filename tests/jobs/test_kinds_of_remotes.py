@@ -18,6 +18,7 @@ from proxy.config import Config
 from proxy.config.schema import RemoteOptions, RemotesConfig
 from proxy.config.values import Seconds
 from proxy.errors import ProxyError
+from proxy.remotes.faults import Flip
 from proxy.repository import delete_backups, list_all
 from proxy.simulator import SimulatedPool
 from tests.remotes import samba as samba_server
@@ -109,6 +110,12 @@ async def live(
         assert await restored(house, backups[1]) == points[-1]
         if query != QUERY:
             return
+        async with house.faulty() as faults:
+            flip = faults.add("read_file", Flip(), path="*/blocks/*")
+            assert statuses(await verified(house, "remote1", level="read")) == ["ok"]
+            assert not faults.unused, "one bad read is looked at twice"
+            faults.add("read_file", flip, path="*/blocks/*", times=99)
+            assert statuses(await verified(house, "remote1", level="read")) == ["damaged"]
         other = {**spec, "url": url.replace(quote(json.dumps(KEY)), quote(json.dumps(KEY[::-1])))}
         with pytest.raises(ProxyError, match="key"):
             async with house.services.remote(other):
