@@ -43,8 +43,11 @@ async def test_a_recorded_id_is_deleted_as_recorded(remote: Remote, full: Path) 
     ]
 
 
-async def test_the_metadata_goes_first(remote: Remote, full: Path) -> None:
-    """Upstream removes metadata and data at once: a crash can leave a backup without data."""
+async def test_remotes_weakness_8_metadata_data_and_checksum_go_one_after_the_other(
+    remote: Remote, full: Path
+) -> None:
+    """Upstream removes metadata and data at once, so that a crash can leave a backup without
+    data, and nobody waits for the end of the checksum."""
     order: list[str] = []
 
     def step(operation: Operation, done: bool) -> None:

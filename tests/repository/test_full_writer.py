@@ -99,6 +99,17 @@ async def test_a_rerun_after_a_crash_before_the_metadata_succeeds(
     assert (backup.id.endswith(f"{NAME}.json")) is not exclusive
 
 
+async def test_remotes_weakness_7_a_checksum_that_was_left_is_replaced(
+    remote: Remote, vm_dir: Path
+) -> None:
+    """Upstream replaces the data, then fails with EEXIST and keeps the old checksum."""
+    vm_dir.mkdir(parents=True, exist_ok=True)
+    (vm_dir / f"{NAME}.xva.checksum").write_bytes(b"$1$$" + b"0" * 32)
+    await write_full(remote, data=xva_bytes(), exclusive=False)
+    digest = hashlib.md5(xva_bytes()).hexdigest().encode()
+    assert (vm_dir / f"{NAME}.xva.checksum").read_bytes() == b"$1$$" + digest
+
+
 async def test_a_complete_backup_is_never_replaced(remote: Remote, vm_dir: Path) -> None:
     await write_full(remote, data=xva_bytes(1))
     with pytest.raises(Conflict):
