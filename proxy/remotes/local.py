@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from proxy.errors import Conflict, NotFound, ProxyError, Refused
+from proxy.errors import ProxyError
 from proxy.remotes import paths, posix
 from proxy.remotes.deferred import EditedFile, Files, Renames
 from proxy.remotes.lock import hold
 from proxy.remotes.new_file import NewFile, write_whole
+from proxy.remotes.tree import (
+    UNDO_SECONDS,
+    TreeRemote,
+    Writer,
+    WrittenTogether,
+    immutable,
+    refuses_change,
+)
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.threads import SHARED, Threads, Work
 
@@ -23,23 +31,16 @@ if TYPE_CHECKING:
 
     from proxy.remotes.interface import (
         Batch,
-        Entry,
         FileEditor,
         FileReader,
-        FileStat,
         FileWriter,
         Lock,
-        RemoteInfo,
     )
 
-_UNDO_SECONDS = 30
-_FILES_PER_HOP = 32
-_RENAMES_PER_HOP = 256
-_CLEAR_ROUNDS = 3
-"""How often a directory is emptied again when somebody fills it while it is removed."""
+T = TypeVar("T")
 
 
-class LocalRemote:
+class LocalRemote(TreeRemote):
     """See :class:`proxy.remotes.interface.Remote` for the contract.
 
     Made by :meth:`open`.  New directories get ``directory_mode``, files 0644 less the umask.
@@ -51,6 +52,8 @@ class LocalRemote:
     """
 
     is_encrypted = False
+    files_per_hop = 32
+    renames_per_hop = 256
 
     def __init__(
         self,
@@ -61,11 +64,11 @@ class LocalRemote:
         use_vhd_directory: bool = False,
         threads: Threads = SHARED,
     ) -> None:
+        super().__init__(
+            root, url=url, is_immutable=is_immutable, use_vhd_directory=use_vhd_directory
+        )
         self._root = root
         self._threads = threads
-        self.url = url
-        self.is_immutable = is_immutable
-        self.use_vhd_directory = use_vhd_directory
         self.bounds_itself = threads.abandons
 
     @classmethod
@@ -111,8 +114,8 @@ class LocalRemote:
     ) -> Sequence[bytes | ProxyError]:
         """Many files per thread hop, which costs more than reading a small file."""
         contents: deque[bytes | ProxyError] = deque()
-        for first in range(0, len(paths), _FILES_PER_HOP):
-            batch = paths[first : first + _FILES_PER_HOP]
+        for first in range(0, len(paths), self.files_per_hop):
+            batch = paths[first : first + self.files_per_hop]
             read = self._threads.run(Work.DISK, self._read_batch, batch, limit, abandon=True)
             contents.extend(await read)
         return tuple(contents)
@@ -130,7 +133,7 @@ class LocalRemote:
         def write() -> None:
             write_whole(self._root, path, data, exclusive=exclusive, in_place=self.is_immutable)
 
-        await self._threads.run(Work.DISK, write)
+        await self.step(write)
 
     def create(
         self, path: str, *, exclusive: bool = False
@@ -140,14 +143,13 @@ class LocalRemote:
     @contextlib.asynccontextmanager
     async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
         file = NewFile(self._root, path, exclusive=exclusive, in_place=self.is_immutable)
-        async with _ended(
-            self._threads,
+        async with self.ended(
             f"removing the temporary file of '{file.path}'",
             file.discard,
             note="its temporary file is left behind",
         ):
-            await self._threads.run(Work.DISK, file.open)
-            yield _Writer(self._threads, file)
+            await self.step(file.open)
+            yield Writer(self.step, file)
 
     def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
         return self._edit(path)
@@ -155,13 +157,11 @@ class LocalRemote:
     @contextlib.asynccontextmanager
     async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
         if self.is_immutable:
-            raise _immutable("changed", path)
+            raise immutable("changed", path)
         file = await self._threads.run(
             Work.DISK, EditedFile, self._root, path, dispose=EditedFile.close
         )
-        async with _ended(
-            self._threads, f"closing '{file.path}'", file.close, note="it is not closed"
-        ):
+        async with self.ended(f"closing '{file.path}'", file.close, note="it is not closed"):
             yield _Editor(self._threads, file)
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
@@ -175,29 +175,16 @@ class LocalRemote:
             dispose=Files.close,
         )
         try:
-            yield _Batch(self._threads, files)
+            yield WrittenTogether(self.step, files)
         finally:
             if self._threads.abandons:  # NFS sends what was not committed
-                with contextlib.suppress(ProxyError), undo_within("closing files", _UNDO_SECONDS):
+                with contextlib.suppress(ProxyError), undo_within("closing files", UNDO_SECONDS):
                     await self._threads.end(files.close)
             else:
                 files.close()
 
-    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
-        if self.is_immutable and pairs:
-            raise _immutable("renamed", pairs[0][0])
-        renames = Renames(self._root)
-        async with _ended(
-            self._threads,
-            "making renames durable",
-            renames.sync,
-            note="a crash may undo what was renamed",
-        ):
-            for first in range(0, len(pairs), _RENAMES_PER_HOP):
-                some = pairs[first : first + _RENAMES_PER_HOP]
-                await self._threads.run(Work.DISK, renames.run, some, first)
-            await self._threads.run(Work.DISK, renames.sync)
-        return tuple(renames.missing)
+    def new_renames(self) -> Renames:
+        return Renames(self._root)
 
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
         return self._open_read(path)
@@ -212,104 +199,18 @@ class LocalRemote:
         finally:
             self._threads.close(descriptor)  # opened for reading: nothing to wait for
 
-    async def list(self, path: str) -> list[Entry]:
-        return await self._threads.run(Work.DISK, self._root.entries, path, abandon=True)
+    async def step(self, function: Callable[..., T], *args: object, looks: bool = False) -> T:
+        return await self._threads.run(Work.DISK, function, *args, abandon=looks)
 
-    async def stat(self, path: str) -> FileStat:
-        return await self._threads.run(Work.DISK, self._root.stat, path, abandon=True)
-
-    async def rename(self, old: str, new: str) -> None:
-        if self.is_immutable:
-            raise _immutable("renamed", old)
-        await self._threads.run(Work.DISK, self._root.rename, old, new)
-
-    async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
-        try:
-            await self._threads.run(Work.DISK, self._root.unlink, path)
-        except NotFound as error:
-            if not (missing_ok and error.code == "ENOENT"):
-                raise
-
-    async def mktree(self, path: str) -> None:
-        await self._threads.run(Work.DISK, self._root.mktree, path)
-
-    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
-        try:
-            await self._threads.run(Work.DISK, self._root.rmdir, path)
-        except NotFound as error:
-            if not (missing_ok and error.code == "ENOENT"):
-                raise
-
-    async def rmtree(self, path: str) -> None:
-        """One directory per step, so that a cancel takes effect between two."""
-        if not paths.normalise(path):
-            raise Refused(
-                "EBUSY: the root of a remote cannot be removed", code="EBUSY", data={"path": "/"}
-            )
-        try:
-            if not (await self.stat(path)).is_dir:
-                raise Conflict(
-                    f"ENOTDIR: not a directory, rmtree '{path}'",
-                    code="ENOTDIR",
-                    data={"path": path},
-                )
-            await self._remove(paths.normalise(path))
-        except NotFound as error:
-            if error.code != "ENOENT":
-                raise
-
-    async def _remove(self, top: str) -> None:
-        # (directory, times it was emptied); depth first without recursion: a hostile
-        # remote may nest deeper than the interpreter's stack
-        pending = [(top, 0)]
-        while pending:
-            directory, rounds = pending.pop()
-            try:
-                if rounds:
-                    await self._threads.run(Work.DISK, self._root.rmdir, directory)
-                    continue
-            except Conflict:
-                if rounds > _CLEAR_ROUNDS:
-                    raise
-            except NotFound as error:
-                if error.code != "ENOENT":
-                    raise
-                continue
-            try:
-                below = await self._threads.run(Work.DISK, self._root.clear, directory)
-            except NotFound as error:
-                if error.code != "ENOENT":
-                    raise
-                continue
-            pending.append((directory, rounds + 1))
-            pending.extend((name, 0) for name in below)
+    async def end(self, function: Callable[[], None]) -> None:
+        """Abandoned on a remote that hangs: it touches only what nobody else knows."""
+        await self._threads.end(function)
 
     def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
         return hold(self._root, path, owner=owner, wait=wait, threads=self._threads)
 
-    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
-        """See :func:`proxy.remotes.wrapper.protected_of`; opened for writing, not written."""
-        found: deque[bool] = deque()
-        for first in range(0, len(files), _FILES_PER_HOP):
-            some = files[first : first + _FILES_PER_HOP]
-            found.extend(await self._threads.run(Work.DISK, self._protected, some))
-        return tuple(found)
-
-    def _protected(self, files: Sequence[str]) -> Sequence[bool]:
-        return tuple(map(self._is_protected, files))
-
-    def _is_protected(self, path: str) -> bool:
-        try:
-            descriptor, _ = self._root.open_file(path, os.O_RDWR)
-        except Refused as error:
-            return error.code in ("EPERM", "EACCES")
-        except ProxyError:
-            return False
-        os.close(descriptor)
-        return False
-
-    async def info(self) -> RemoteInfo:
-        return await self._threads.run(Work.DISK, self._root.info, abandon=True)
+    def is_protected(self, path: str) -> bool:
+        return refuses_change(lambda: os.close(self._root.open_file(path, os.O_RDWR)[0]))
 
     async def aclose(self) -> None:
         """Idempotent.  Operations under way finish; later ones are ``Refused`` (``EBADF``)."""
@@ -318,79 +219,6 @@ class LocalRemote:
         else:
             self._root.close()
             await trio.lowlevel.checkpoint()
-
-    async def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
-        """Files only, each directory in one step.  What appears or vanishes below ``path``
-        meanwhile may or may not be seen; any other failure is raised, never skipped."""
-        top = paths.normalise(path)
-        pending = [top]
-        while pending:
-            directory = pending.pop()
-            try:
-                found = await self._threads.run(
-                    Work.DISK, self._root.list_with_stat, directory, abandon=True
-                )
-            except NotFound as error:
-                if directory == top or error.code != "ENOENT":
-                    raise
-                continue
-            below: list[str] = []
-            for name, status in found:
-                full = paths.join(directory, name)
-                if status.is_dir:
-                    below.append(full)
-                else:
-                    yield full, status
-            pending.extend(reversed(below))
-
-
-def _immutable(what: str, path: str) -> Refused:
-    return Refused(
-        f"EPERM: '{path}' cannot be {what} on an immutable remote",
-        code="EPERM",
-        data={"path": path},
-    )
-
-
-@contextlib.asynccontextmanager
-async def _ended(
-    threads: Threads, name: str, end: Callable[[], None], *, note: str
-) -> AsyncIterator[None]:
-    """Call ``end`` behind the block, whatever happens; ``note`` is what its failure means.
-
-    The block's own error is the one to tell: a failure of ``end`` is then added to it.
-    """
-    try:
-        yield
-    except BaseException as error:
-        try:
-            await _end(threads, name, end)
-        except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
-            error.add_note(f"and {note}: {undo}")
-        raise
-    else:
-        await _end(threads, name, end)
-
-
-async def _end(threads: Threads, name: str, end: Callable[[], None]) -> None:
-    with undo_within(name, _UNDO_SECONDS):
-        # abandoned on a remote that hangs: it touches only what nobody else knows
-        await threads.end(end)
-
-
-class _Writer:
-    def __init__(self, threads: Threads, file: NewFile) -> None:
-        self._threads = threads
-        self._file = file
-        self.temporary_path = file.temporary_path
-
-    async def write(self, data: bytes | memoryview) -> None:
-        await self._threads.run(Work.DISK, self._file.write, data)
-
-    async def commit(self) -> None:
-        await self._threads.run(Work.DISK, self._file.sync)
-        # a cancel that came during the fsync, which may be long, is heard here
-        await self._threads.run(Work.DISK, self._file.publish)
 
 
 class _Reader:
@@ -460,15 +288,3 @@ class _Editor:
 
     async def sync(self) -> None:
         await self._threads.run(Work.DISK, self._file.sync)
-
-
-class _Batch:
-    def __init__(self, threads: Threads, files: Files) -> None:
-        self._threads = threads
-        self._files = files
-
-    async def write(self, path: str, data: bytes | memoryview) -> None:
-        await self._threads.run(Work.DISK, self._files.write, path, data)
-
-    async def commit(self) -> None:
-        await self._threads.run(Work.DISK, self._files.sync)

@@ -27,6 +27,7 @@ from proxy.remotes.objects.reading import ObjectReader
 from proxy.remotes.objects.removing import Remover
 from proxy.remotes.objects.store import Condition
 from proxy.remotes.objects.writing import ObjectWriter, has_conditions, refuse_existing
+from proxy.remotes.tree import immutable
 from proxy.runtime.background import background
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class ObjectRemote:
 
     async def _refuse_edit(self, path: str) -> NoReturn:
         if self.is_immutable:
-            raise _immutable("changed", path)
+            raise immutable("changed", path)
         self._key(path, "edit")
         if (await self.stat(path)).is_dir:
             raise Conflict(f"EISDIR: is a directory, edit '{path}'", code="EISDIR")
@@ -239,7 +240,7 @@ class ObjectRemote:
 
     def _refuse_root(self, old: str, new: str) -> None:
         if self.is_immutable:
-            raise _immutable("renamed", old)
+            raise immutable("renamed", old)
         self._key(old, "rename")
         self._key(new, "rename")
 
@@ -355,11 +356,3 @@ class _Batch:
 
     async def commit(self) -> None:
         await trio.lowlevel.checkpoint()
-
-
-def _immutable(what: str, path: str) -> Refused:
-    return Refused(
-        f"EPERM: '{path}' cannot be {what} on an immutable remote",
-        code="EPERM",
-        data={"path": path},
-    )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import trio
 
-from proxy.errors import Conflict, NotFound, ProxyError, Refused, Unreachable
-from proxy.remotes import paths
+from proxy.errors import NotFound, ProxyError, Refused, Unreachable
 from proxy.remotes.holding import held
 from proxy.remotes.smb.connection import NO_SHARE, Login
 from proxy.remotes.smb.files import (
@@ -25,6 +24,14 @@ from proxy.remotes.smb.lock import ShareLock
 from proxy.remotes.smb.names import Place
 from proxy.remotes.smb.options import parse_options
 from proxy.remotes.smb.share import Call, Share
+from proxy.remotes.tree import (
+    UNDO_SECONDS,
+    TreeRemote,
+    Writer,
+    WrittenTogether,
+    immutable,
+    refuses_change,
+)
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.threads import Work, in_thread
 
@@ -34,28 +41,21 @@ if TYPE_CHECKING:
 
     from proxy.remotes.interface import (
         Batch,
-        Entry,
         FileEditor,
         FileReader,
-        FileStat,
         FileWriter,
         Lock,
         Remote,
-        RemoteInfo,
     )
     from proxy.remotes.url import SmbUrl
 
 T = TypeVar("T")
 
-_UNDO_SECONDS: Final = 30
 GRACE_SECONDS = 5.0
 """After a cancel a call that is under way may end well; then its connection is ended."""
 _LOCK_GRACE_SECONDS: Final = 0.5
 _ABORTED_SECONDS: Final = 1.0
 """A call whose connection was ended returns at once, unless it is still connecting."""
-_FILES_PER_HOP: Final = 16
-_RENAMES_PER_HOP: Final = 64
-_CLEAR_ROUNDS: Final = 3
 
 
 async def open_smb_client(url: SmbUrl, merged: Mapping[str, Any], *, seconds: float = 30) -> Remote:
@@ -111,7 +111,7 @@ def _target(url: SmbUrl) -> tuple[str, str, str]:
     return parts[0].strip("[]"), parts[1], "/".join(parts[2:])
 
 
-class SmbRemote:
+class SmbRemote(TreeRemote):
     """See :class:`proxy.remotes.interface.Remote` for the contract.
 
     A cancelled call is waited for while the server answers, then its connection is ended, so that
@@ -121,6 +121,8 @@ class SmbRemote:
     is_encrypted = False
     bounds_itself = True
     """See :func:`proxy.remotes.wrapper.bounds_itself`."""
+    files_per_hop = 16
+    renames_per_hop = 64
 
     def __init__(
         self,
@@ -131,11 +133,11 @@ class SmbRemote:
         is_immutable: bool = False,
         use_vhd_directory: bool = False,
     ) -> None:
+        super().__init__(
+            control, url=url, is_immutable=is_immutable, use_vhd_directory=use_vhd_directory
+        )
         self._control = control
         self._bulk = bulk
-        self.url = url
-        self.is_immutable = is_immutable
-        self.use_vhd_directory = use_vhd_directory
         self._closed = False
 
     async def _run(
@@ -212,8 +214,8 @@ class SmbRemote:
     ) -> Sequence[bytes | ProxyError]:
         """Many files per thread hop, all of them asked for before the first is taken."""
         contents: deque[bytes | ProxyError] = deque()
-        for first in range(0, len(paths), _FILES_PER_HOP):
-            some = paths[first : first + _FILES_PER_HOP]
+        for first in range(0, len(paths), self.files_per_hop):
+            some = paths[first : first + self.files_per_hop]
             contents.extend(await self._run(self._bulk, self._read_some, some, limit))
         return tuple(contents)
 
@@ -249,13 +251,13 @@ class SmbRemote:
     @contextlib.asynccontextmanager
     async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
         file = NewFile(self._bulk, path, exclusive=exclusive, in_place=self.is_immutable)
-        async with self._ended(
+        async with self.ended(
             f"removing the temporary file of '{file.path}'",
             file.discard,
             note="its temporary file is left behind",
         ):
             await self._run(self._bulk, file.open)
-            yield _Writer(self, file)
+            yield Writer(self.on_bulk, file)
 
     def edit(self, path: str) -> AbstractAsyncContextManager[FileEditor]:
         return self._edit(path)
@@ -263,9 +265,9 @@ class SmbRemote:
     @contextlib.asynccontextmanager
     async def _edit(self, path: str) -> AsyncIterator[FileEditor]:
         if self.is_immutable:
-            raise _immutable("changed", path)
+            raise immutable("changed", path)
         file = await self._run(self._bulk, EditedFile, self._bulk, path)
-        async with self._ended(f"closing '{file.path}'", file.close, note="it is not closed"):
+        async with self.ended(f"closing '{file.path}'", file.close, note="it is not closed"):
             yield _Editor(self, file)
 
     def batch(self) -> AbstractAsyncContextManager[Batch]:
@@ -276,22 +278,12 @@ class SmbRemote:
         await trio.lowlevel.checkpoint()
         files = Files(self._bulk, exclusive=self.is_immutable)
         try:
-            yield _Batch(self, files)
+            yield WrittenTogether(self.on_bulk, files)
         finally:
             files.close()
 
-    async def rename_all(self, pairs: Sequence[tuple[str, str]]) -> Sequence[int]:
-        if self.is_immutable and pairs:
-            raise _immutable("renamed", pairs[0][0])
-        renames = Renames(self._control)
-        async with self._ended(
-            "making renames durable", renames.sync, note="a crash may undo what was renamed"
-        ):
-            for first in range(0, len(pairs), _RENAMES_PER_HOP):
-                some = pairs[first : first + _RENAMES_PER_HOP]
-                await self._run(self._control, renames.run, some, first)
-            await self._run(self._control, renames.sync)
-        return tuple(renames.missing)
+    def new_renames(self) -> Renames:
+        return Renames(self._control)
 
     def open_read(self, path: str) -> AbstractAsyncContextManager[FileReader]:
         return self._open_read(path)
@@ -299,75 +291,15 @@ class SmbRemote:
     @contextlib.asynccontextmanager
     async def _open_read(self, path: str) -> AsyncIterator[FileReader]:
         file = await self._run(self._bulk, OpenedFile, self._bulk, path)
-        async with self._ended(f"closing '{file.path}'", file.close, note="it is not closed"):
+        async with self.ended(f"closing '{file.path}'", file.close, note="it is not closed"):
             yield _Reader(self, file)
 
-    async def list(self, path: str) -> list[Entry]:
-        return await self._run(self._control, self._control.entries, path)
+    async def step(self, function: Callable[..., T], *args: object, looks: bool = False) -> T:
+        del looks  # every call is waited for
+        return await self._run(self._control, function, *args)
 
-    async def stat(self, path: str) -> FileStat:
-        return await self._run(self._control, self._control.stat, path)
-
-    async def rename(self, old: str, new: str) -> None:
-        if self.is_immutable:
-            raise _immutable("renamed", old)
-        await self._run(self._control, self._control.rename, old, new)
-
-    async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
-        try:
-            await self._run(self._control, self._control.unlink, path)
-        except NotFound as error:
-            if not (missing_ok and error.code == "ENOENT"):
-                raise
-
-    async def mktree(self, path: str) -> None:
-        await self._run(self._control, self._control.mktree, path)
-
-    async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
-        try:
-            await self._run(self._control, self._control.rmdir, path)
-        except NotFound as error:
-            if not (missing_ok and error.code == "ENOENT"):
-                raise
-
-    async def rmtree(self, path: str) -> None:
-        """One directory per step, so that a cancel takes effect between two."""
-        if not paths.normalise(path):
-            raise Refused(
-                "EBUSY: the root of a remote cannot be removed", code="EBUSY", data={"path": "/"}
-            )
-        try:
-            if not (await self.stat(path)).is_dir:
-                raise Conflict(
-                    f"ENOTDIR: not a directory, rmtree '{path}'",
-                    code="ENOTDIR",
-                    data={"path": path},
-                )
-            await self._remove(paths.normalise(path))
-        except NotFound as error:
-            if error.code != "ENOENT":
-                raise
-
-    async def _remove(self, top: str) -> None:
-        # (directory, times it was emptied); depth first without recursion, as the local remote
-        pending = [(top, 0)]
-        while pending:
-            directory, rounds = pending.pop()
-            try:
-                if rounds:
-                    await self._run(self._control, self._control.rmdir, directory)
-                    continue
-                below = await self._run(self._control, self._control.clear, directory)
-            except Conflict:
-                if not rounds or rounds > _CLEAR_ROUNDS:
-                    raise
-                below = await self._run(self._control, self._control.clear, directory)
-            except NotFound as error:
-                if error.code != "ENOENT":
-                    raise
-                continue
-            pending.append((directory, rounds + 1))
-            pending.extend((name, 0) for name in below)
+    async def end(self, function: Callable[[], None]) -> None:
+        await self._run(self._bulk, function)
 
     def lock(self, path: str, *, owner: str, wait: float = 0) -> AbstractAsyncContextManager[Lock]:
         async def run(function: Callable[[], object]) -> object:
@@ -377,28 +309,8 @@ class SmbRemote:
 
         return held(ShareLock(self._control, path, owner, run), wait)
 
-    async def protected(self, files: Sequence[str]) -> Sequence[bool]:
-        """See :func:`proxy.remotes.wrapper.protected_of`; opened for writing, not written."""
-        found: deque[bool] = deque()
-        for first in range(0, len(files), _FILES_PER_HOP):
-            some = files[first : first + _FILES_PER_HOP]
-            found.extend(await self._run(self._bulk, self._protected, some))
-        return tuple(found)
-
-    def _protected(self, files: Sequence[str]) -> Sequence[bool]:
-        return tuple(map(self._is_protected, files))
-
-    def _is_protected(self, path: str) -> bool:
-        try:
-            EditedFile(self._bulk, path).close()
-        except Refused as error:
-            return error.code in ("EPERM", "EACCES")
-        except ProxyError:
-            return False
-        return False
-
-    async def info(self) -> RemoteInfo:
-        return await self._run(self._control, self._control.info)
+    def is_protected(self, path: str) -> bool:
+        return refuses_change(lambda: EditedFile(self._control, path).close())
 
     async def aclose(self) -> None:
         """Idempotent; ends the connections and waits for their threads.  Operations under way are
@@ -407,78 +319,13 @@ class SmbRemote:
             await trio.lowlevel.checkpoint()
             return
         self._closed = True
-        with undo_within("closing the SMB remote", _UNDO_SECONDS):
+        with undo_within("closing the SMB remote", UNDO_SECONDS):
             for share in (self._control, self._bulk):
                 await in_thread(Work.SHARE, share.close, abandon=True)
-
-    async def walk(self, path: str) -> AsyncIterator[tuple[str, FileStat]]:
-        """Files only, each directory in one step, as the local remote's."""
-        top = paths.normalise(path)
-        pending = [top]
-        while pending:
-            directory = pending.pop()
-            try:
-                found = await self._run(self._control, self._control.list_with_stat, directory)
-            except NotFound as error:
-                if directory == top or error.code != "ENOENT":
-                    raise
-                continue
-            below: list[str] = []
-            for name, status in found:
-                full = paths.join(directory, name)
-                if status.is_dir:
-                    below.append(full)
-                else:
-                    yield full, status
-            pending.extend(reversed(below))
 
     async def on_bulk(self, function: Callable[..., T], *args: object) -> T:
         """For the files that are open here."""
         return await self._run(self._bulk, function, *args)
-
-    @contextlib.asynccontextmanager
-    async def _ended(self, name: str, end: Callable[[], None], *, note: str) -> AsyncIterator[None]:
-        """Call ``end`` behind the block, whatever happens; ``note`` is what its failure means.
-
-        The block's own error is the one to tell: a failure of ``end`` is then added to it.
-        """
-        try:
-            yield
-        except BaseException as error:
-            try:
-                await self._end(name, end)
-            except Exception as undo:  # noqa: BLE001 (the first failure is the one to tell)
-                error.add_note(f"and {note}: {undo}")
-            raise
-        else:
-            await self._end(name, end)
-
-    async def _end(self, name: str, end: Callable[[], None]) -> None:
-        with undo_within(name, _UNDO_SECONDS):
-            await self._run(self._bulk, end)
-
-
-def _immutable(what: str, path: str) -> Refused:
-    return Refused(
-        f"EPERM: '{path}' cannot be {what} on an immutable remote",
-        code="EPERM",
-        data={"path": path},
-    )
-
-
-class _Writer:
-    def __init__(self, remote: SmbRemote, file: NewFile) -> None:
-        self._remote = remote
-        self._file = file
-        self.temporary_path = file.temporary_path
-
-    async def write(self, data: bytes | memoryview) -> None:
-        await self._remote.on_bulk(self._file.write, data)
-
-    async def commit(self) -> None:
-        await self._remote.on_bulk(self._file.sync)
-        # a cancel that came during the flush, which may be long, is heard here
-        await self._remote.on_bulk(self._file.publish)
 
 
 class _Reader:
@@ -524,15 +371,3 @@ class _Editor:
 
     async def sync(self) -> None:
         await self._remote.on_bulk(self._file.sync)
-
-
-class _Batch:
-    def __init__(self, remote: SmbRemote, files: Files) -> None:
-        self._remote = remote
-        self._files = files
-
-    async def write(self, path: str, data: bytes | memoryview) -> None:
-        await self._remote.on_bulk(self._files.write, path, data)
-
-    async def commit(self) -> None:
-        await self._remote.on_bulk(self._files.sync)
