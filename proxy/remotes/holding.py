@@ -7,17 +7,21 @@ import json
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import trio
 
+from proxy.errors import Busy, ProxyError
+from proxy.runtime.deadlines import undo_within
+from proxy.runtime.trouble import tell_trouble
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from proxy.errors import Busy
+_RELEASE_SECONDS = 10.0
 
 
 class Held(Protocol):
@@ -40,6 +44,44 @@ class Held(Protocol):
 
 
 LockT = TypeVar("LockT", bound=Held)
+
+
+class Keeping:
+    """What a lock says of itself and of others, however it is kept."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.lost: Busy | None = None
+
+    async def give_up(self) -> None:
+        """Remove the lock if it is ours."""
+        raise NotImplementedError
+
+    def leave_behind(self) -> None:
+        """Remember that it is nobody's: the next run of ours need not wait until it is stale."""
+        raise NotImplementedError
+
+    async def end(self) -> None:
+        """Remove the lock if it is ours; a failure is told, not raised."""
+        try:
+            with undo_within(f"releasing the lock of '{self.path}'", _RELEASE_SECONDS):
+                await self.give_up()
+        except ProxyError as error:
+            self.leave_behind()  # what was done under it is done
+            tell_trouble("lock not released", error, path=self.path)
+
+    def lose(self, reason: str) -> None:
+        self.lost = self.lost or Busy(
+            f"the lock of '{self.path}' was lost: {reason}; what was being done was stopped",
+            data={"path": self.path},
+        )
+
+    def busy(self, holder: Holder | None) -> Busy:
+        known = f" by {holder}" if holder else ": another program is working there"
+        data: dict[str, Any] = {"path": self.path}
+        if holder is not None:
+            data["holder"] = asdict(holder)
+        return Busy(f"Lock file is already being held{known}, '{self.path}'", data=data)
 
 
 @contextlib.asynccontextmanager

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
 from proxy.errors import Busy, ProxyError, Refused
 from proxy.remotes import paths
-from proxy.remotes.holding import Holder, ourselves
-from proxy.runtime.deadlines import undo_within
+from proxy.remotes.holding import Holder, Keeping, ourselves
 from proxy.runtime.threads import SHARED, Work
-from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +34,6 @@ MTIME_TOLERANCE: Final = 2.0
 LONGEST_RECORD: Final = 4096
 _RETRY_SECONDS = 1.0
 _POLL_SECONDS = 0.5
-_RELEASE_SECONDS = 10.0
 
 _left_behind: set[tuple[int, int, int]] = set()
 """The identities of locks of this process that nobody holds but that could not be removed."""
@@ -50,14 +47,13 @@ class Seen:
     holder: Holder | None
 
 
-class KeptLock:
+class KeptLock(Keeping):
     """What all locks share.  A storage overrides the four steps that block."""
 
     def __init__(self, path: str, owner: str, threads: Threads = SHARED) -> None:
-        self.path = paths.normalise(path)
+        super().__init__(paths.normalise(path))
         if not self.path:
             raise Refused("EBUSY: the root of a remote cannot be locked", code="EBUSY")
-        self.lost: Busy | None = None
         self.identity = (0, 0, 0)
         self._threads = threads
         self._owner = owner
@@ -93,9 +89,12 @@ class KeptLock:
     ) -> T:
         return await self._threads.run(Work.LOCK, function, *args, dispose=dispose)
 
-    async def release_in_thread(self) -> None:
+    async def give_up(self) -> None:
         """Abandoned on a remote that hangs: it removes only what is ours."""
         await self._threads.end(self.release, Work.LOCK)
+
+    def leave_behind(self) -> None:
+        _left_behind.add(self.identity)
 
     # -- the rules
 
@@ -124,21 +123,13 @@ class KeptLock:
                 continue
             doubtful = not -MTIME_TOLERANCE <= seen.age <= STALE_SECONDS
             if now >= until and (alive or not doubtful):
-                raise self._busy(seen.holder)
+                raise self.busy(seen.holder)
             await trio.sleep(_POLL_SECONDS)
 
     def _undo(self, seen: Seen | None) -> None:
         """Nobody waits any more for what :meth:`_try` found."""
         if seen is None:
             self.release()
-
-    def _busy(self, holder: Holder | None) -> Busy:
-        known = f" by {holder}" if holder else ""
-        way_out = "" if holder else ": another program is working there"
-        data: dict[str, Any] = {"path": self.path}
-        if holder is not None:
-            data["holder"] = asdict(holder)
-        return Busy(f"Lock file is already being held{known}{way_out}, '{self.path}'", data=data)
 
     def not_a_lock(self) -> Busy:
         return Busy(
@@ -153,16 +144,6 @@ class KeptLock:
         )
 
     # -- keeping
-
-    async def end(self) -> None:
-        """Remove the lock if it is ours; a failure is told, not raised."""
-        try:
-            with undo_within(f"releasing the lock of '{self.path}'", _RELEASE_SECONDS):
-                await self.release_in_thread()
-        except ProxyError as error:
-            # what was done under it is done; the next run of ours need not wait until it is stale
-            _left_behind.add(self.identity)
-            tell_trouble("lock not released", error, path=self.path)
 
     async def keep_fresh(self, body: trio.CancelScope) -> None:
         """Refresh until cancelled; on loss remember why and cancel ``body``."""
@@ -179,7 +160,7 @@ class KeptLock:
                 if trio.current_time() - self._fresh_at < STALE_SECONDS - _RETRY_SECONDS:
                     pause = _RETRY_SECONDS
                     continue
-                self._lose(f"it could not be refreshed: {error.message}")
+                self.lose(f"it could not be refreshed: {error.message}")
                 body.cancel()
                 return
 
@@ -194,15 +175,9 @@ class KeptLock:
             if reason is None:
                 self._fresh_at = now
                 return
-            self._lose(reason)
+            self.lose(reason)
         if self.lost is not None:
             raise self.lost
-
-    def _lose(self, reason: str) -> None:
-        self.lost = self.lost or Busy(
-            f"the lock of '{self.path}' was lost: {reason}; what was being done was stopped",
-            data={"path": self.path},
-        )
 
     # -- the record of the holder
 

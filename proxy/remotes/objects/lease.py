@@ -28,15 +28,14 @@ import json
 import secrets
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
 from proxy.errors import Busy, Conflict, NotFound, ProxyError
-from proxy.remotes.holding import Holder, ourselves, parse_record
+from proxy.remotes.holding import Holder, Keeping, ourselves, parse_record
 from proxy.remotes.objects.store import Condition
-from proxy.runtime.deadlines import deadline, undo_within
-from proxy.runtime.trouble import tell_trouble
+from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
     from proxy.remotes.objects.store import ObjectStore
@@ -48,7 +47,6 @@ _MARGIN_SECONDS = 8.0
 _RETRY_SECONDS = 1.0
 _POLL_SECONDS = 2.0
 _SETTLE_SECONDS = 2.0
-_RELEASE_SECONDS = 10.0
 _LONGEST_RECORD = 4096
 
 
@@ -64,15 +62,14 @@ class _Seen:
     nonce: str
 
 
-class Lease:
+class Lease(Keeping):
     """``key`` is the object's; ``path`` is what is locked, for messages.
 
     ``store`` should not try again by itself for longer than a lease lasts.
     """
 
     def __init__(self, store: ObjectStore, key: str, path: str, owner: str) -> None:
-        self.path = path
-        self.lost: Busy | None = None
+        super().__init__(path)
         self._store = store
         self._key = key
         self._owner = owner
@@ -114,7 +111,7 @@ class Lease:
             # only a guess about waiting: nothing is taken over by what clocks say
             doubtful = not -LEASE_SECONDS <= time.time() - seen.mtime <= LEASE_SECONDS
             if now >= until and (alive or not doubtful):
-                raise self._busy(seen.holder)
+                raise self.busy(seen.holder)
             await trio.sleep(_POLL_SECONDS)
 
     async def _look(self) -> _Seen | None:
@@ -162,13 +159,6 @@ class Lease:
         self._fresh_at = now
         return True
 
-    def _busy(self, holder: Holder | None) -> Busy:
-        known = f" by {holder}" if holder else ": another program is working there"
-        data: dict[str, Any] = {"path": self.path}
-        if holder is not None:
-            data["holder"] = asdict(holder)
-        return Busy(f"Lock file is already being held{known}, '{self.path}'", data=data)
-
     # -- keeping
 
     async def keep_fresh(self, body: trio.CancelScope) -> None:
@@ -187,7 +177,7 @@ class Lease:
                 if left > _RETRY_SECONDS:
                     pause = _RETRY_SECONDS
                     continue
-                self._lose(f"it could not be refreshed: {error.message}")
+                self.lose(f"it could not be refreshed: {error.message}")
                 body.cancel()
                 return
 
@@ -200,7 +190,7 @@ class Lease:
             if self.lost is None:
                 reason = await self._refresh_now()
                 if reason is not None:
-                    self._lose(reason)
+                    self.lose(reason)
         if self.lost is not None:
             raise self.lost
 
@@ -223,24 +213,12 @@ class Lease:
             return "its object is gone"
         return f"{seen.holder or 'somebody else'} took it over"
 
-    def _lose(self, reason: str) -> None:
-        self.lost = self.lost or Busy(
-            f"the lock of '{self.path}' was lost: {reason}; what was being done was stopped",
-            data={"path": self.path},
-        )
-
     # -- giving it up
 
-    async def end(self) -> None:
-        try:
-            with undo_within(f"releasing the lock of '{self.path}'", _RELEASE_SECONDS):
-                await self._release()
-        except ProxyError as error:
-            # what was done under it is done; the next run of ours need not wait until it is stale
-            _left_behind.add(self._nonce)
-            tell_trouble("lock not released", error, path=self.path)
+    def leave_behind(self) -> None:
+        _left_behind.add(self._nonce)
 
-    async def _release(self) -> None:
+    async def give_up(self) -> None:
         if self._etag is None:
             # a first write that was cut short may have had its effect
             seen = await self._look() if self._number else None

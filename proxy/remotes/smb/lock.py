@@ -88,7 +88,7 @@ class ShareLock(KeptLock):
             await self._run(lambda: outcome.append(function(*args)))
         return outcome[0]
 
-    async def release_in_thread(self) -> None:
+    async def give_up(self) -> None:
         await self.in_thread(self.release)
 
     # -- taking
