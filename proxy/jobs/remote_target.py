@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from proxy.jobs.settings import Settings
     from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Lock, Remote
-    from proxy.repository.damage import Damage, DamageNotes
+    from proxy.repository.damage import DamageNotes
     from proxy.tasks import Task
 
 
@@ -101,7 +101,6 @@ class RemoteTarget:
         self.vm_uuid = vm_uuid
         self._job_id = job_id
         self._damage = damage
-        self._damaged: Mapping[str, Damage] | None = None
         self._parents: dict[str, Parent] = {}
 
     @property
@@ -181,18 +180,20 @@ class RemoteTarget:
 
     # -- incremental backups -----------------------------------------------------------------
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
         """An error of the storage is a refusal too, with the error as evidence: the full backup
         that follows will tell it.  So is what is known to be damaged."""
-        if self._damaged is None:
-            self._damaged = await self._damage.all()
-        parent = await find_parent(
-            self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=self._damaged
-        )
-        if isinstance(parent, NoParent):
-            return Refusal(parent.reason, parent.message, parent.evidence)
-        self._parents[disk] = parent
-        return None
+        damaged = await self._damage.all()
+        refused: dict[str, Refusal] = {}
+        for disk, snapshot in snapshots.items():
+            parent = await find_parent(
+                self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=damaged
+            )
+            if isinstance(parent, NoParent):
+                refused[disk] = Refusal(parent.reason, parent.message, parent.evidence)
+            else:
+                self._parents[disk] = parent
+        return refused
 
     def sorts_behind(self, disks: Collection[str]) -> str:
         names = [parent.name for disk, parent in self._parents.items() if disk in disks]

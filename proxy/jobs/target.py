@@ -83,10 +83,11 @@ class Target(Protocol):
         """
         ...
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
-        """Whether a delta of the live ``disk`` (uuid) since ``snapshot`` can be stored here.
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+        """Of which live disks (uuids) no delta since their snapshot can be stored here.
 
-        The target remembers what it found, for the delta that may come.
+        The target remembers what it found for the others, for the deltas that may come; that
+        they may come does not mean that they will.
         """
         ...
 
