@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
     from proxy.jobs.settings import Settings
+    from proxy.jobs.target import Target
     from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Lock, Remote
     from proxy.repository.damage import DamageNotes
@@ -98,6 +99,9 @@ class RemoteTarget:
         self.remote = remote
         self.settings = settings
         self.lock = lock
+        self.neighbours: list[RemoteTarget] = []
+        """On which retention counts too."""
+        self._remote_id = target_id
         self.vm_uuid = vm_uuid
         self._job_id = job_id
         self._damage = damage
@@ -107,9 +111,17 @@ class RemoteTarget:
     def encodes(self) -> bool:
         return self.remote.use_vhd_directory
 
+    async def space(self) -> int | None:
+        return (await self.remote.info()).available
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        self.neighbours = [other for other in others if isinstance(other, RemoteTarget)]
+
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
-        async with task.child("export", id=self.id, isFull=is_full, type="remote") as export:
+        async with task.child(
+            "export", id=self._remote_id, isFull=is_full, type="remote"
+        ) as export:
             with told(export, self.remote):
                 yield export
 
@@ -147,7 +159,7 @@ class RemoteTarget:
         settings = self.settings
         old, tags = await plan_retention(self, copy.schedule_id, copy.timestamp, mode="full")
         if settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
         async with open_full_backup(self.remote, copy.vm_uuid, copy.timestamp) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, copy.estimate, estimated=True)
@@ -176,7 +188,7 @@ class RemoteTarget:
             )
         copy.stored.add(self.id)
         if not settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
 
     # -- incremental backups -----------------------------------------------------------------
 
