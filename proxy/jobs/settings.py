@@ -11,7 +11,7 @@ from proxy.jobs.rate_windows import RateWindow, rate_now
 from proxy.repository import old_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _Count = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]
 
@@ -106,16 +106,16 @@ class SettingLevels:
         levels = [*self._base, self._job.get(vm_uuid), self._job.get(target_id)]
         return self._read(levels, target_id)
 
-    def refuse_wrong(self) -> None:
-        """Raise ``Refused`` for what is wrong at any level, and could only fail later.
+    def refuse_wrong(self, places: Iterable[str]) -> None:
+        """Raise ``Refused`` for what is wrong and could only fail later.
 
-        What contradicts itself on one VM fails that VM, not the run: see
-        :func:`refuse_contradictions`.
+        Looked at are the run's own levels and those of ``places``: ids of targets before the
+        run, of a VM before its backup, so that a wrong setting of one VM fails only that.
         """
         self._check(self.run, "the job")
-        for where, level in self._job.items():
-            if where:
-                self._check(self._read([*self._base, level], where), where)
+        for where in places:
+            if where in self._job:
+                self._check(self._read([*self._base, self._job[where]], where), where)
 
     @staticmethod
     def _check(settings: Settings, where: str) -> None:

@@ -105,6 +105,7 @@ class _VmRun:
                 await failed(self._vm_task(vm_uuid, None), error)
                 return
             async with self._vm_task(vm_uuid, vm["name_label"]) as task:
+                self._job.settings.refuse_wrong([vm_uuid])
                 settings = self._job.settings.vm(vm_uuid, vm.get("tags", ()))
                 with (
                     self._limits.time_limit(),

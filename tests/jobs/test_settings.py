@@ -101,10 +101,11 @@ def test_what_could_only_fail_later_is_refused_before_anything_is_touched(
     wrong: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(Refused, match=rf"settings of the job .*{told}"):
-        levels({"": wrong}).refuse_wrong()
+        levels({"": wrong}).refuse_wrong([])
     for place in ("VM", "R"):
         with pytest.raises(Refused, match=rf"settings of {place} .*{told}"):
-            levels({place: wrong}).refuse_wrong()
+            levels({place: wrong}).refuse_wrong([place])
+    levels({"VM": wrong}).refuse_wrong(["R"])
 
 
 def test_contradictions_are_refused_with_upstreams_message() -> None:
