@@ -28,6 +28,7 @@ from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_back
 from proxy.repository.verify import sample_of
 from proxy.runtime import secrets
 from proxy.xapi import Xapi, XapiOptions, connect
+from proxy.xapi.ownership import Owner, acting_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -271,7 +272,8 @@ class Services:
     def _start(self, name: str, properties: dict[str, Any], work: Callable[[Task], Any]) -> Task:
         async def counted(root: Task) -> Any:
             try:
-                return await work(root)
+                with acting_for(Owner(self.installation, root.id), self._is_live):
+                    return await work(root)
             finally:
                 self._live.pop(root.id, None)
                 self.sweeper.ended(root)
@@ -281,6 +283,9 @@ class Services:
         task = self.tasks.start(name, properties, counted)
         self._live[task.id] = task
         return task
+
+    def _is_live(self, run: str) -> bool:
+        return self.tasks.live(run) is not None
 
     def running_jobs(self) -> list[str]:
         """Ids of the jobs that have a run alive."""

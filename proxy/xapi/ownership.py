@@ -1,21 +1,25 @@
-"""Who a thing on a pool belongs to: keys in ``other_config`` of VMs and VDIs.
+"""Who a thing on a pool belongs to: keys in ``other_config`` of VMs, VDIs and tasks.
 
-Most are Xen Orchestra's, which finds its bases, replicas and snapshots by them; two are
-ours.  A host copies a VM's ``other_config`` to each of its snapshots: what is marked on the
+Most are Xen Orchestra's, which finds its bases, replicas and snapshots by them; the last ones
+are ours.  A host copies a VM's ``other_config`` to each of its snapshots: what is marked on the
 live VM before a snapshot is taken marks the snapshot from its first moment, and equally one
 that a user takes in that moment.  So a mark alone never says that a thing is ours: a sweep
-must also find the temporary name that only we give.
+must also find the temporary name that only we give, and what is done to a live VM for a time
+is marked with that VM's uuid, which no copy has.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy.xapi.together import together
 from proxy.xapi.vms import disks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from proxy.xapi.client import Xapi
 
@@ -36,7 +40,11 @@ PROXY: Final = "xo:backup:proxy"
 RUN: Final = "xo:backup:run"
 """Ours: the id of the run that made it, removed when the thing is finished."""
 SHUT_DOWN: Final = "xo:backup:shutdown"
-"""Ours, on a live VM that we shut down for its backup: ``<installation>/<run>``."""
+"""Ours, on a live VM that we shut down for its backup: ``<installation>/<run>/<the VM's uuid>``."""
+BLOCKED: Final = "xo:backup:blocked:"
+"""Ours, on a live VM whose migration is blocked, followed by the id of the run that needs it;
+the value is ``<installation>/<the VM's uuid>``.  A key for each run, as several may back up one VM:
+the last one lifts the block."""
 
 RESET_KEYS: Final = (
     CONTENT_KEY,
@@ -52,6 +60,91 @@ RESET_KEYS: Final = (
     RUN,
 )
 """What a live VM must not carry: the target SR of a replica is not among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The run that something is done for."""
+
+    installation: str
+    run: str
+
+    @property
+    def marks(self) -> dict[str, str]:
+        return {PROXY: self.installation, RUN: self.run}
+
+
+def _always(run: str) -> bool:
+    return bool(run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Acting:
+    owner: Owner
+    is_live: Callable[[str], bool]
+
+
+_acting: ContextVar[_Acting | None] = ContextVar("acting", default=None)
+
+
+@contextmanager
+def acting_for(owner: Owner, is_live: Callable[[str], bool] = _always) -> Iterator[None]:
+    """What this Trio task, and those it starts in the block, do on pools is done for ``owner``.
+
+    Host tasks and blocks on migration are marked with it, wherever in the house they are made.
+    ``is_live`` knows the runs of the owner's installation.
+    """
+    token = _acting.set(_Acting(owner, is_live))
+    try:
+        yield
+    finally:
+        _acting.reset(token)
+
+
+def present_owner() -> Owner | None:
+    """See :func:`acting_for`; ``None`` outside of a run."""
+    acting = _acting.get()
+    return None if acting is None else acting.owner
+
+
+def may_live(other: Owner) -> bool:
+    """Whether the run may be at work: of another installation nobody here knows."""
+    acting = _acting.get()
+    if acting is None or acting.owner.installation != other.installation:
+        return True
+    return acting.is_live(other.run)
+
+
+def shut_down_mark(owner: Owner, vm_uuid: str) -> str:
+    """The value of :data:`SHUT_DOWN` on this VM."""
+    return f"{owner.installation}/{owner.run}/{vm_uuid}"
+
+
+def shut_down_by(vm: Mapping[str, Any]) -> Owner | None:
+    """Whose mark it is that says that ``vm`` was shut down; none on a copy of the marked VM."""
+    keys: Mapping[str, str] = vm.get("other_config") or {}
+    installation, _, rest = keys.get(SHUT_DOWN, "").partition("/")
+    run, _, uuid = rest.partition("/")
+    return Owner(installation, run) if uuid and uuid == vm.get("uuid") else None
+
+
+def blocked_by(vm: Mapping[str, Any]) -> list[Owner]:
+    """The runs that need ``vm`` where it is; none on a copy of the marked VM."""
+    keys: Mapping[str, str] = vm.get("other_config") or {}
+    found: list[Owner] = []
+    for key, value in keys.items():
+        installation, _, uuid = value.partition("/")
+        if key.startswith(BLOCKED) and uuid and uuid == vm.get("uuid"):
+            found.append(Owner(installation, key.removeprefix(BLOCKED)))
+    return found
+
+
+async def forget_interventions(xapi: Xapi, vm_ref: str) -> None:
+    """Remove from a new VM the marks of what was being done to the one it was made from."""
+    vm = await xapi.record("VM", vm_ref)
+    keys: Mapping[str, str] = vm.get("other_config") or {}
+    gone = [key for key in keys if key == SHUT_DOWN or key.startswith(BLOCKED)]
+    await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(gone))
 
 
 async def set_keys(xapi: Xapi, vm_ref: str, keys: Mapping[str, str | None]) -> None:
