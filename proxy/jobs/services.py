@@ -17,7 +17,7 @@ from proxy.jobs.metadata_run import run_metadata_job
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
-from proxy.jobs.sweep import Sweeper
+from proxy.jobs.sweep import Sweeper, SweepRequest, run_sweep
 from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
@@ -189,6 +189,7 @@ class Services:
                 self.xapi(request.xapi) as xapi,
             ):
                 await self.sweeper.contact(root, xapi)
+                await self.sweeper.contact_remote(root, remote)
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
                 with told(root, remote):
                     return await restore(
@@ -268,6 +269,22 @@ class Services:
 
         run.begin(lambda work: self._start("verify", request.properties(), work), work)
         return run
+
+    def start_sweep(self, request: SweepRequest) -> Task:
+        """Begin to remove what dead runs left, and return the root task at once."""
+        self._refuse_when_stopping()
+        if not request.xapis and not request.remotes:
+            raise Refused(
+                "nothing to sweep: the call names neither pools (xapis) nor remotes",
+                code="EINVAL",
+                data={"part": "xapis"},
+            )
+        secrets.remember_in([*request.remotes.values(), *request.xapis.values()])
+
+        async def work(root: Task) -> dict[str, Any]:
+            return await run_sweep(self, request, root)
+
+        return self._start("sweep", {"dryRun": request.dry_run}, work)
 
     def _start(self, name: str, properties: dict[str, Any], work: Callable[[Task], Any]) -> Task:
         async def counted(root: Task) -> Any:

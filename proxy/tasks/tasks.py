@@ -72,6 +72,11 @@ class Tasks:
         """Names this installation; made with the journal and kept with it."""
         return self._journal.boots.journal
 
+    @property
+    def is_first_life(self) -> bool:
+        """Whether no daemon has used this journal before: then none can have died."""
+        return self._journal.boots.number == 1
+
     # -- starting ----------------------------------------------------------------------------
 
     def start(
