@@ -44,7 +44,7 @@ async def test_it_answers_the_task_or_streams_its_log(proxy: Server, tmp_path: P
     empty: dict[str, Any] = {"swept": [], "left": []}
     assert log[-1]["result"] == {"dryRun": False, "pools": {}, "remotes": {"r1": empty}}
     task = (await proxy.call("backup.sweep", {**params, "dryRun": True})).json()["result"]
-    assert json.loads(await proxy.services.tasks.get(task))["data"]["dryRun"] is True
+    assert json.loads(bytes(await proxy.services.tasks.get(task)))["data"]["dryRun"] is True
 
 
 async def test_what_cannot_be_opened_fails_alone_and_tells_no_secret(

@@ -66,7 +66,8 @@ class _Sweep:
         xapi = self._xapi
         tasks = await self._stop_tasks()
         if tasks:
-            await self._drives(tasks)
+            kept = await self._drives(tasks)
+            tasks = {ref: record for ref, record in tasks.items() if ref not in kept}
         records: Mapping[str, Record] = await xapi.call("VM.get_all_records")
         for ref, record in records.items():
             await self._object("VM", ref, record, _unfinished_vm)
@@ -84,18 +85,23 @@ class _Sweep:
             self._known[run] = await self._fates(run)
         return self._known[run]
 
-    async def _act(self, entry: Entry, action: Callable[[], Awaitable[str | None]]) -> None:
-        """Do it unless this is a dry run.  What the action answers is why the thing stays."""
+    async def _act(self, entry: Entry, action: Callable[[], Awaitable[str | None]]) -> bool:
+        """Do it unless this is a dry run; whether the thing is no more.
+
+        What the action answers is why the thing stays; nothing when somebody else removed it.
+        """
         try:
             why = None if self._dry_run else await action()
         except ProxyError as error:
-            if not (isinstance(error, XapiError) and error.code == "HANDLE_INVALID"):
-                self.report.failed(entry, error)
-            return
+            if isinstance(error, XapiError) and error.code == "HANDLE_INVALID":
+                return True
+            self.report.failed(entry, error)
+            return False
         if why is None:
             self.report.swept.append(entry)
         elif why:
             self.report.left.append({**entry, "reason": f"{entry['reason']}; {why}"})
+        return not why
 
     # -- tasks, and what they attached -------------------------------------------------------
 
@@ -140,7 +146,9 @@ class _Sweep:
             return False
         return True
 
-    async def _drives(self, tasks: Mapping[str, Record]) -> None:
+    async def _drives(self, tasks: Mapping[str, Record]) -> set[str]:
+        """The tasks by which disks are known that are still attached."""
+        kept: set[str] = set()
         records: Mapping[str, Record] = await self._xapi.call("VBD.get_all_records")
         for ref, record in records.items():
             task = tasks.get(_keys(record).get(_TASK_OF_DRIVE, ""))
@@ -161,7 +169,9 @@ class _Sweep:
             async def detach(ref: str = ref) -> str | None:
                 return await vms.detach_leaked(self._xapi, ref)
 
-            await self._act(entry, detach)
+            if not await self._act(entry, detach):
+                kept.add(_keys(record)[_TASK_OF_DRIVE])
+        return kept
 
     async def _forget_tasks(self, tasks: Mapping[str, Record]) -> None:
         for ref, record in tasks.items():
