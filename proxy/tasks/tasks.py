@@ -21,7 +21,7 @@ from proxy.tasks.status import Status
 from proxy.tasks.task import Run, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
 _log = structlog.get_logger("tasks")
 
@@ -137,7 +137,7 @@ class Tasks:
         status: str | None = None,
         job_id: str | None = None,
         since: int | None = None,
-    ) -> AsyncIterator[msgspec.Raw]:
+    ) -> AsyncGenerator[msgspec.Raw]:
         """Root tasks, newest first, read in pages; ``since`` is a start time in ms."""
         await self._feed.flush(everything=True)
         before: tuple[int, str] | None = None

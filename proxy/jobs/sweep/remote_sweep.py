@@ -8,6 +8,10 @@ writing.  A directory whose lock cannot be had stays, and is told.
 
 What a lock says of its holder makes one thing more certain: files of a run of ours that the
 journal knows as dead, and of an earlier process, need not grow old first.
+
+Uploads that an object store shows in no listing are given up when they were begun during a run
+of ours that died, on a VM that it backed up, and are a day old: Xen Orchestra takes no lock there,
+and may be sending something at the same time.
 """
 
 from __future__ import annotations
@@ -16,30 +20,46 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from proxy.errors import Busy, NotFound, ProxyError, Refused
+from proxy.errors import Busy, NotFound, ProxyError, Refused, Unauthorized
 from proxy.jobs.sweep.findings import Fate, Report
 from proxy.remotes import paths
 from proxy.remotes.holding import ourselves, parse_record
-from proxy.remotes.wrapper import Operation, Wrapper, innermost
+from proxy.remotes.wrapper import (
+    Operation,
+    Wrapper,
+    abort_upload_of,
+    innermost,
+    open_uploads_of,
+)
 from proxy.repository import clean_vm
 from proxy.repository.clean import ORPHAN_AGE
 from proxy.repository.metadata_backup_paths import CONFIG_ROOT, POOL_ROOT, is_folder_name
 from proxy.repository.metadata_pruning import remove_unfinished
 from proxy.repository.paths import ROOT, is_vm_name
+from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 
     from proxy.jobs.sweep.findings import Entry, Fates
     from proxy.remotes.holding import Holder
-    from proxy.remotes.interface import Lock, Remote
+    from proxy.remotes.interface import Lock, OpenUpload, Remote
+
+    Culprit = Callable[[str, float], Awaitable[str | None]]
+    """Of a VM and a time (seconds since the epoch): the run of ours that backed it up then and
+    died, if there is one."""
+    Clean = Callable[[str, Remote, Lock, str | None], Awaitable[None]]
+    """Takes a directory, a remote that notes what goes, its lock, and the dead run that held
+    it."""
 
 T = TypeVar("T")
 
 _STALE_SECONDS = 40.0
 """A lock that was not refreshed for so long is nobody's, be it a directory or a lease."""
+_UPLOAD_AGE = 86400.0
 _LOCK_SUFFIX = ".lock"
 _RECORD_LIMIT = 4096
+_RECORD_SECONDS = 30.0
 _WRITES = frozenset({"create", "edit", "batch", "lock", "rename_all"})
 """What no clean does, and a dry run therefore refuses."""
 
@@ -51,16 +71,18 @@ async def sweep_remote(
     owner: str,
     dry_run: bool = False,
     only_ours: bool = False,
+    culprit: Culprit | None = None,
 ) -> Report:
     """Clean what dead runs left; with ``dry_run`` only say it, and take no lock.
 
     ``owner`` is the run that does it.  With ``only_ours`` just the directories that a dead run of
-    ours still holds.  What fails in one directory is in the report, and the others are tried;
-    raises the error of the remote when it cannot be listed.  May be stopped anywhere and run
-    again.
+    ours still holds, and no uploads.  What fails in one directory is in the report, and the
+    others are tried; raises the error of the remote when it cannot be listed.  May be stopped
+    anywhere and run again.
     """
     sweep = _Sweep(remote, fates, owner, dry_run=dry_run, only_ours=only_ours)
-    await sweep.vms()
+    uploads = {} if culprit is None or only_ours else await sweep.find_uploads()
+    await sweep.vms(uploads, culprit or _nobody)
     await sweep.configurations()
     await sweep.pools()
     return sweep.report
@@ -79,18 +101,53 @@ class _Sweep:
         self._locks_are_shared = getattr(innermost(remote), "capabilities", None) is None
         self.report = Report()
 
-    async def vms(self) -> None:
+    async def find_uploads(self) -> dict[str, list[OpenUpload]]:
+        """Those below the directory of each VM."""
+        try:
+            uploads = await open_uploads_of(self._remote, ROOT)
+        except (Refused, Unauthorized) as error:
+            self.report.left.append(
+                _entry("upload", ROOT, f"unfinished uploads cannot be looked for: {error.message}")
+            )
+            return {}
+        found: dict[str, list[OpenUpload]] = {}
+        for upload in uploads:
+            below = f"/{paths.normalise(upload.path)}".removeprefix(f"{ROOT}/")
+            found.setdefault(below.partition("/")[0], []).append(upload)
+        return found
+
+    async def vms(self, uploads: Mapping[str, Sequence[OpenUpload]], culprit: Culprit) -> None:
         async def clean(path: str, remote: Remote, lock: Lock, run: str | None) -> None:
+            vm_uuid = paths.name(path)
             certain = run is not None and self._locks_are_shared
             await clean_vm(
                 remote,
-                paths.name(path),
+                vm_uuid,
                 lock=lock,
                 warn=self._warned(path),
                 min_age=0.0 if certain else ORPHAN_AGE,
             )
+            for upload in uploads.get(vm_uuid, ()):
+                await self._upload(upload, await culprit(vm_uuid, upload.initiated), lock)
 
-        await self._each(ROOT, is_vm_name, clean)
+        # A store knows no directory in which nothing was completed.
+        await self._each(ROOT, is_vm_name, clean, more=uploads)
+
+    async def _upload(self, upload: OpenUpload, run: str | None, lock: Lock) -> None:
+        begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(upload.initiated))
+        entry = _entry("upload", upload.path, f"an upload of {begun} that was not finished", run)
+        why: str | None = None
+        if run is None:
+            why = "no run of this daemon that died is known to have begun it"
+        elif time.time() - upload.initiated < _UPLOAD_AGE:
+            why = "it is not a day old"
+        if why is not None:
+            self.report.left.append({**entry, "reason": f"{entry['reason']}; {why}"})
+            return
+        if not self._dry_run:
+            await lock.check()
+            await abort_upload_of(self._remote, upload)
+        self.report.swept.append(entry)
 
     async def configurations(self) -> None:
         await self._each(CONFIG_ROOT, is_folder_name, self._dated)
@@ -116,9 +173,11 @@ class _Sweep:
         self,
         directory: str,
         is_name: Callable[[str], bool],
-        clean: Callable[[str, Remote, Lock, str | None], Awaitable[None]],
+        clean: Clean,
+        *,
+        more: Iterable[str] = (),
     ) -> None:
-        names = await self._names(directory)
+        names = {**dict.fromkeys(more, True), **await self._names(directory)}
         for name in sorted(names):
             if not is_name(name) or not names[name]:
                 continue
@@ -150,7 +209,7 @@ class _Sweep:
         self,
         path: str,
         run: str | None,
-        clean: Callable[[str, Remote, Lock, str | None], Awaitable[None]],
+        clean: Clean,
         *,
         locked: bool,
     ) -> None:
@@ -183,20 +242,23 @@ class _Sweep:
         except NotFound:
             return
         holder = await self._holder(path)
-        if await self._dead(holder) is None and time.time() - stat.mtime < _STALE_SECONDS:
+        gone = holder is not None and (holder.is_dead() or await self._dead(holder) is not None)
+        if not gone and time.time() - stat.mtime < _STALE_SECONDS:
             by = f" by {holder}" if holder else ""
             raise Busy(f"Lock file is already being held{by}, '{path}'", data={"path": path})
 
     async def _holder(self, path: str) -> Holder | None:
-        """Who says to hold the lock, where that stands in a file beside it."""
+        """Who says to hold the lock: in a file beside it, in an object store in its own."""
         directory, name = paths.parent(path), paths.name(path)
+        record = (
+            f"{directory}/.{name}.lock-holder" if self._locks_are_shared else path + _LOCK_SUFFIX
+        )
         try:
-            record = await self._remote.read_file(
-                f"{directory}/.{name}.lock-holder", limit=_RECORD_LIMIT
-            )
+            with deadline("reading who holds a lock", _RECORD_SECONDS):
+                content = await _plain(self._remote).read_file(record, limit=_RECORD_LIMIT)
         except ProxyError:
             return None
-        return parse_record(record)
+        return parse_record(content)
 
     async def _dead(self, holder: Holder | None) -> str | None:
         """The id of the holder when it is a run of ours that died with its process."""
@@ -227,6 +289,18 @@ def _entry(kind: str, path: str, reason: str, run: str | None = None) -> Entry:
         "run": run or "",
         "reason": reason,
     }
+
+
+async def _nobody(vm_uuid: str, at: float) -> str | None:
+    del vm_uuid, at
+    return None
+
+
+def _plain(remote: Remote) -> Remote:
+    """The remote beneath its encryption: locks are for everybody."""
+    while remote.is_encrypted and isinstance(remote, Wrapper):
+        remote = remote.inner
+    return remote
 
 
 class _NoLock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
     from proxy.xapi import Xapi
 
 
+_LONGEST_RUN_SECONDS = 30 * 86400.0
+
+
 class _Outcome(msgspec.Struct):
     status: str
+
+
+class _Root(_Outcome):
+    id: str
+    start: int
+    end: int = 0
 
 
 class Sweeper:
@@ -91,7 +101,21 @@ class Sweeper:
         """Sweep it now, asked for by a client; ``owner`` is the id of the run that does it."""
         await self._tasks.flush()
         async with self._lock("remote", remote.url):
-            return await sweep_remote(remote, self.fate, owner=owner, dry_run=dry_run)
+            return await sweep_remote(
+                remote, self.fate, owner=owner, dry_run=dry_run, culprit=self._culprit
+            )
+
+    async def _culprit(self, vm_uuid: str, at: float) -> str | None:
+        """The run that was backing up the VM at that time, and has ended badly."""
+        moment = at * 1000
+        since = int(moment - _LONGEST_RUN_SECONDS * 1000)
+        async with aclosing(self._tasks.list(since=since)) as remembered:
+            async for raw in remembered:
+                root = msgspec.json.decode(raw, type=_Root)
+                bad = root.status not in (Status.PENDING, Status.SUCCESS)
+                if bad and root.start <= moment <= root.end and vm_uuid.encode() in bytes(raw):
+                    return root.id
+        return None
 
     def _lock(self, kind: str, name: str) -> trio.Lock:
         return self._locks.setdefault((kind, name), trio.Lock())
@@ -107,15 +131,13 @@ class Sweeper:
         """What became of the run with this id."""
         if not run:
             return Fate.UNKNOWN
-        if self._tasks.live(run) is not None:
-            return Fate.LIVE
         try:
-            outcome = msgspec.json.decode(await self._tasks.get(run), type=_Outcome)
+            status = msgspec.json.decode(await self._tasks.get(run), type=_Outcome).status
         except NoSuchObject:
             return Fate.UNKNOWN  # forgotten, or another life's: nothing says that it is dead
-        if outcome.status == Status.PENDING:
+        if status == Status.PENDING:
             return Fate.LIVE
-        return Fate.WELL if outcome.status == Status.SUCCESS else Fate.DEAD
+        return Fate.WELL if status == Status.SUCCESS else Fate.DEAD
 
 
 def _tell(root: Task, report: Report, where: str) -> bool:
