@@ -334,6 +334,8 @@ async def test_half_written_metadata_goes_when_it_is_old(house: House) -> None:
     assert not lock.exists()
     assert names(report["swept"]) == [
         ("file", ".1795485249902.data.tmp"),
+        ("file", "20260101T000000Z"),
+        ("file", "20260101T000000Z"),
         ("file", "data.json"),
         ("lock", lock.name),
     ]

@@ -35,7 +35,7 @@ from proxy.repository import clean_vm
 from proxy.repository.clean import ORPHAN_AGE
 from proxy.repository.metadata_backup_paths import CONFIG_ROOT, POOL_ROOT, is_folder_name
 from proxy.repository.metadata_pruning import remove_unfinished
-from proxy.repository.paths import ROOT, is_vm_name
+from proxy.repository.paths import DATE_NAME, ROOT, is_vm_name
 from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
@@ -339,6 +339,8 @@ class _Noted(Wrapper):
     async def rmdir(self, path: str, *, missing_ok: bool = True) -> None:
         if not self._dry_run:
             await super().rmdir(path, missing_ok=missing_ok)
+        if DATE_NAME.fullmatch(paths.name(path)):  # of a metadata backup: it may have held nothing
+            self.removed.append(path)
 
     async def write_file(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         if not self._dry_run:
