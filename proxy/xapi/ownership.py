@@ -10,18 +10,23 @@ is marked with that VM's uuid, which no copy has.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from proxy.errors import ProxyError
+from proxy.runtime.deadlines import undo_within
+from proxy.runtime.trouble import tell_trouble
 from proxy.xapi.together import together
 from proxy.xapi.vms import disks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from proxy.xapi.client import Xapi
+
+UNDO_SECONDS: Final = 60.0
 
 CONTENT_KEY: Final = "xo:backup:contentKey"
 COPY_OF: Final = "xo:copy_of"
@@ -45,6 +50,10 @@ BLOCKED: Final = "xo:backup:blocked:"
 """Ours, on a live VM whose migration is blocked, followed by the id of the run that needs it;
 the value is ``<installation>/<the VM's uuid>``.  A key for each run, as several may back up one VM:
 the last one lifts the block."""
+HEALTH_CHECK: Final = "xo:backup:healthcheck"
+"""Ours, on a VM that only a health check needs, and on each of its disks: *its own uuid*.  A copy
+of such a thing has another uuid, so that this key, unlike the others, tells what it is by itself.
+While the VM is being copied: the id of the health check's task."""
 
 RESET_KEYS: Final = (
     CONTENT_KEY,
@@ -58,6 +67,7 @@ RESET_KEYS: Final = (
     VM,
     PROXY,
     RUN,
+    HEALTH_CHECK,
 )
 """What a live VM must not carry: the target SR of a replica is not among them."""
 
@@ -185,6 +195,41 @@ async def reset_disk_keys(xapi: Xapi, vdi_ref: str) -> None:
     """Remove :data:`RESET_KEYS` from one disk, which no VM need have."""
     vdi = await xapi.record("VDI", vdi_ref)
     await _write(xapi, "VDI", vdi_ref, vdi, dict.fromkeys(RESET_KEYS))
+
+
+async def mark_trial(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> None:
+    """Make a VM and its disks known as those of a health check: ``marks``, :data:`HEALTH_CHECK`,
+    and nothing of what the VM is a copy of.  The disks come first."""
+    keys: dict[str, str | None] = {**dict.fromkeys(RESET_KEYS), SR: None, SHUT_DOWN: None, **marks}
+    vm = await xapi.record("VM", vm_ref)
+
+    async def write(disk: tuple[dict[str, Any], str, dict[str, Any]]) -> None:
+        _, ref, vdi = disk
+        await _write(xapi, "VDI", ref, vdi, {**keys, HEALTH_CHECK: str(vdi["uuid"])})
+
+    await together(write, await disks(xapi, vm))
+    await _write(xapi, "VM", vm_ref, vm, {**keys, HEALTH_CHECK: str(vm["uuid"])})
+
+
+def is_of_health_check(record: Mapping[str, Any]) -> bool:
+    """Whether this VM or VDI exists only for a health check (running or not), by its record."""
+    keys: Mapping[str, str] = record.get("other_config") or {}
+    return HEALTH_CHECK in keys and keys[HEALTH_CHECK] == record.get("uuid")
+
+
+@asynccontextmanager
+async def marked(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> AsyncIterator[None]:
+    """Put ``marks`` on a VM for the block, in which a host copies it: so the copy is marked from
+    its first moment.  That they cannot be taken off is told, never raised."""
+    try:
+        await xapi.update_map("VM", vm_ref, "other_config", marks)
+        yield
+    finally:
+        try:
+            with undo_within("remove the marks of a run", UNDO_SECONDS):
+                await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(marks))
+        except ProxyError as error:
+            tell_trouble("could not remove the marks of a run", error, vm=vm_ref)
 
 
 async def _write(

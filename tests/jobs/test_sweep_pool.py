@@ -56,6 +56,9 @@ class Litter:
         self.undone["half-made VM"] = lambda: exists(pool, vm, disk) == [False, False]
         test_vm, test_disk = make_vm(pool, marks, "Health Check - vm9")
         pool.store.update("VM", test_vm, power_state="Running", blocked_operations={})
+        for kind, ref in (("VM", test_vm), ("VDI", test_disk)):
+            uuid = pool.store.get(kind, ref)["uuid"]
+            pool.do(f"{kind}.add_to_other_config", ref, ownership.HEALTH_CHECK, uuid)
         self.undone["health check"] = lambda: exists(pool, test_vm, test_disk) == [False, False]
         lone = make_disk(pool, marks, "[Importing…] vm9_0")
         self.undone["half-made disk"] = lambda: exists(pool, lone) == [False]
@@ -204,6 +207,24 @@ async def test_only_what_names_the_very_vm_is_undone(pool: SimulatedPool) -> Non
     assert all(ownership.SHUT_DOWN in one["other_config"] for one in before)
     await sweep(pool)
     assert [pool.store.get("VM", clone) for clone in clones] == before
+
+
+async def test_a_live_vm_that_is_called_like_an_unfinished_one_stays(
+    pool: SimulatedPool,
+) -> None:
+    """A run died while it took its snapshot: VM and snapshot carry the same marks."""
+    owner = Owner(OURS, "dead-1")
+    vm = pool.vm("vm2")
+    pool.do("VM.hard_shutdown", vm)
+    pool.do("VM.set_name_label", vm, "[Importing…] what another tool left")
+    mark = f"{OURS}/{pool.vm_uuid('[Importing…] what another tool left')}"
+    for key, value in {**owner.marks, ownership.BLOCKED + owner.run: mark}.items():
+        pool.do("VM.add_to_other_config", vm, key, value)
+    snapshot = pool.do("VM.snapshot", vm, TEMPORARY_NAME)
+    report = await sweep(pool)
+    assert exists(pool, vm, snapshot, *pool.vms.disks(vm)) == [True, False, True]
+    (left,) = report.left
+    assert "the VM that was backed up" in left["reason"]
 
 
 async def test_a_vm_that_its_owner_started_again_is_only_unmarked(pool: SimulatedPool) -> None:
@@ -588,7 +609,7 @@ def _goes(thing: Mapping[str, Any]) -> bool:
     name, kind = str(thing["name"]), str(thing["kind"])
     importing = name.startswith("[Importing")
     return {
-        "VM": (importing and thing["state"] != "Running") or name.startswith("Health Check - "),
+        "VM": thing["is_own"] or (importing and thing["state"] != "Running"),
         "snapshot": name == TEMPORARY_NAME,
         "VDI": importing or name == TEMPORARY_NAME,
         "task": True,
@@ -603,6 +624,8 @@ def _make(pool: SimulatedPool, thing: Mapping[str, Any]) -> tuple[str, set[str]]
         case "VM":
             vm, disk = make_vm(pool, marks, thing["name"])
             pool.store.update("VM", vm, power_state=thing["state"], blocked_operations={})
+            uuid = pool.store.get("VM", vm)["uuid"] if thing["is_own"] else "of another"
+            pool.do("VM.add_to_other_config", vm, ownership.HEALTH_CHECK, uuid)
             return vm, {disk, *pool.store.get("VM", vm)["VBDs"]}
         case "snapshot":
             ref = pool.do("VM.snapshot", pool.vm("vm1"), thing["name"])

@@ -2,7 +2,8 @@
 
 Touched are only things that are *unfinished*: under the temporary name that only we give, with
 the mark of this installation, of a run that the journal knows as ended, and not well.  A
-thing of which any of this is not so stays: a mark alone may be a copy.  What is done to a VM for
+thing of which any of this is not so stays: a mark alone may be a copy.  A VM of a health check,
+which may run under a name of its own, says by its own uuid what it is.  What is done to a VM for
 a time is undone when its mark names that very VM.  Each thing is read once more right before
 it is touched; one that is gone meanwhile is fine.
 
@@ -20,6 +21,7 @@ from proxy.errors import ProxyError, Unreachable, XapiError
 from proxy.jobs.sweep.findings import Fate, Report
 from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.migration import REASON, unblock_migration
+from proxy.xapi.ownership import Owner
 from proxy.xapi.snapshots import TEMPORARY_NAME
 
 if TYPE_CHECKING:
@@ -27,12 +29,9 @@ if TYPE_CHECKING:
 
     from proxy.jobs.sweep.findings import Entry, Fates
     from proxy.xapi import Xapi
-    from proxy.xapi.ownership import Owner
 
     Record = dict[str, Any]
 
-HEALTH_CHECK_NAME: Final = "Health Check - "
-"""How the name of a VM begins that a health check made; it may run."""
 _TASK_SECONDS: Final = 10.0
 _SETTLED: Final = frozenset({"success", "failure", "cancelled"})
 _TASK_OF_DRIVE: Final = "task_id"
@@ -218,13 +217,16 @@ class _Sweep:
         keys = _keys(record)
         if keys.get(ownership.PROXY) != self._installation:
             return "another installation made it"
-        fate = await self._fate(keys.get(ownership.RUN, ""))
+        run = keys.get(ownership.RUN, "")
+        fate = await self._fate(run)
         if fate is not Fate.DEAD:
             return str(fate)
+        if Owner(self._installation, run) in ownership.blocked_by(record):
+            return "it is no copy, but the VM that was backed up"
         if cls == "VDI":
             return await self._why_used(ref, record)
         # One that runs was released by somebody: it is in use.
-        is_test = _is_health_check(record)
+        is_test = ownership.is_of_health_check(record)
         if not is_test and record.get("power_state") not in ("Halted", "Suspended"):
             return "it runs: somebody uses it"
         return None
@@ -327,16 +329,14 @@ def _unfinished_vm(record: Record) -> str | None:
         return "a snapshot that was not finished" if is_temporary else None
     if vm_create.is_importing(record.get("name_label")):
         return "a VM that was not finished"
-    return "the VM of a health check" if _is_health_check(record) else None
-
-
-def _is_health_check(record: Record) -> bool:
-    return str(record.get("name_label")).startswith(HEALTH_CHECK_NAME)
+    return "the VM of a health check" if ownership.is_of_health_check(record) else None
 
 
 def _unfinished_disk(record: Record) -> str | None:
     name = record.get("name_label")
     if not record.get("managed", True):
         return None
+    if ownership.is_of_health_check(record):
+        return "a disk of a health check"
     is_new = vm_create.is_importing(name) and not record.get("is_a_snapshot")
     return "a disk that was not finished" if is_new or name == TEMPORARY_NAME else None
