@@ -193,6 +193,43 @@ async def test_whatever_is_not_of_a_dead_run_of_ours_stays(
     assert len(objects) >= 4
 
 
+def job_keys(pool: SimulatedPool, vm: str) -> dict[str, str]:
+    return {
+        ownership.JOB: "job",
+        ownership.SCHEDULE: "schedule",
+        ownership.VM: pool.vm_uuid(vm),
+        ownership.DATETIME: "20261124T10:00:00Z",
+    }
+
+
+async def test_weakness_5_replicas_that_were_not_finished_are_removed(pool: SimulatedPool) -> None:
+    """Upstream looks for them and then never calls what would destroy them."""
+    keys = {**job_keys(pool, "vm1"), **Owner(OURS, "dead-1").marks}
+    vm, disk = make_vm(pool, keys, "[Importing…] vm1")
+    lone = make_disk(pool, keys, "[Importing…] vm1_1")
+    done, its_disk = make_vm(pool, job_keys(pool, "vm1"), "vm1 - job - (20261124T100000Z)")
+    report = await sweep(pool)
+    assert report.errors == []
+    assert exists(pool, vm, disk, lone, done, its_disk) == [False, False, False, True, True]
+
+
+async def test_weakness_28_the_sources_own_snapshots_are_never_removed(
+    pool: SimulatedPool,
+) -> None:
+    """Upstream takes them for copies that broke off, when the replicas' SR is in their pool."""
+    kept: list[str] = []
+    for date in ("20261124T10:00:00Z", "19700101T000000Z"):
+        snapshot = pool.do("VM.snapshot", pool.vm("vm1"), "[XO Backup job] vm1")
+        keys = {**job_keys(pool, "vm1"), ownership.DATETIME: date, **Owner(OURS, "dead-1").marks}
+        for ref, kind in [(snapshot, "VM"), *((d, "VDI") for d in pool.vms.disks(snapshot))]:
+            pool.store.update(kind, ref, other_config=keys)
+            kept.append(ref)
+    Litter(pool, Owner(OURS, "dead-1")).scatter()
+    report = await sweep(pool)
+    assert report.errors == []
+    assert exists(pool, *kept) == [True] * len(kept)
+
+
 async def test_only_what_names_the_very_vm_is_undone(pool: SimulatedPool) -> None:
     """A user cloned VMs that we had blocked and shut down."""
     Litter(pool, Owner(OURS, "dead-1")).scatter()
