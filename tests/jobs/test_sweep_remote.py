@@ -20,8 +20,10 @@ from proxy.remotes.interface import OpenUpload
 from proxy.repository.metadata_backup_paths import CONFIG_ROOT, POOL_ROOT
 from proxy.simulator import SimulatedPool
 from proxy.tasks import open_tasks
+from tests.remotes.objects.test_open_uploads import begun
 
 from .conftest import SCHEDULE, House, Outcome, open_house
+from .test_object_stores import house_on
 from .test_sweep import dead_run, good_run
 
 MIB = 1024 * 1024
@@ -369,7 +371,7 @@ async def test_uploads_go_when_they_are_ours_and_old(
     vms = [house.pool.vm_uuid("vm1"), house.pool.vm_uuid("vm2")]
     uploads = {
         "ours": OpenUpload(f"/xo-vm-backups/{vms[0]}/20261124T000000Z.xva", "1", during),
-        "before it": OpenUpload(f"/xo-vm-backups/{vms[0]}/a.xva", "2", during - 1000),
+        "before it": OpenUpload(f"/xo-vm-backups/{vms[0]}/a.xva", "2", during - 9000),
         "of another VM": OpenUpload(f"/xo-vm-backups/{vms[1]}/b.xva", "3", during),
     }
     aborted: list[OpenUpload] = []
@@ -401,3 +403,50 @@ async def test_uploads_go_when_they_are_ours_and_old(
     assert {e["reason"].partition("; ")[2] for e in report["left"]} == {
         "no run of this daemon that died is known to have begun it"
     }
+
+
+# -- object stores ------------------------------------------------------------------------------
+
+
+async def test_what_a_dead_run_left_in_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease, an upload, and data that is young: Xen Orchestra, which takes no lock there,
+    could be writing that."""
+    async with house_on(tmp_path, {"page": 50}, vms=2, disk_size=2 * MIB) as (house, server):
+        await good_run(house)
+        run = await dead_run(house)
+        vms = [house.pool.vm_uuid("vm1"), house.pool.vm_uuid("vm2")]
+        base = "some dir/xo-vm-backups"
+        record = {
+            **ourselves(),
+            "pid": 2**22 + 1,
+            "owner": run,
+            "since": time.time(),
+            "nonce": "n",
+            "number": 1,
+        }
+        async with house.services.remote(house.remote_spec("remote1")) as remote:
+            lock = f"xo-vm-backups/{vms[0]}.lock"
+            await remote.write_file(lock, json.dumps(record).encode())
+            await remote.write_file(f"xo-vm-backups/{vms[0]}/{ORPHAN}", b"x")
+        root = json.loads(bytes(await house.services.tasks.get(run)))
+        ours = begun(server, f"{base}/{vms[0]}/20261124T000000Z.xva")
+        # of a VM that has nothing else there: a store knows no such directory
+        theirs = begun(server, f"{base}/{vms[1]}/20261124T000000Z.xva")
+        server.begun[ours] = server.begun[theirs] = root["end"] // 1000 + 0.0
+        before = dict(server.objects)
+        monkeypatch.setattr("proxy.jobs.sweep.remote_sweep._UPLOAD_AGE", 0.0)
+        planned = await sweep(house, dry_run=True)
+        assert server.objects == before
+        report = await sweep(house)
+        assert names(report["swept"]) == names(planned["swept"])
+        assert names(report["swept"]) == [
+            ("lock", f"{vms[0]}.lock"),
+            ("upload", "20261124T000000Z.xva"),
+        ]
+        assert {entry["run"] for entry in report["swept"]} == {run}
+        assert list(server.uploads) == [theirs]
+        assert f"{base}/{vms[0]}/{ORPHAN}" in server.objects
+        assert f"some dir/{lock}" not in server.objects
+        assert [entry["type"] for entry in report["left"]] == ["upload"]

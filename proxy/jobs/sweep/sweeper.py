@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 _LONGEST_RUN_SECONDS = 30 * 86400.0
+_SLACK_SECONDS = 2.0
+"""By which a store's clock may differ from ours, and what it tells in whole seconds."""
 
 
 class _Outcome(msgspec.Struct):
@@ -107,13 +109,14 @@ class Sweeper:
 
     async def _culprit(self, vm_uuid: str, at: float) -> str | None:
         """The run that was backing up the VM at that time, and has ended badly."""
-        moment = at * 1000
+        moment, slack = at * 1000, _SLACK_SECONDS * 1000
         since = int(moment - _LONGEST_RUN_SECONDS * 1000)
         async with aclosing(self._tasks.list(since=since)) as remembered:
             async for raw in remembered:
                 root = msgspec.json.decode(raw, type=_Root)
                 bad = root.status not in (Status.PENDING, Status.SUCCESS)
-                if bad and root.start <= moment <= root.end and vm_uuid.encode() in bytes(raw):
+                during = root.start - slack <= moment <= root.end + slack
+                if bad and during and vm_uuid.encode() in bytes(raw):
                     return root.id
         return None
 
