@@ -232,6 +232,19 @@ async def test_what_is_young_stays_where_no_dead_run_of_ours_was(house: House) -
     assert (young.exists(), old.exists(), lock.exists()) == (True, False, False)
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_only_what_was_there_is_told_as_removed(house: House, dry_run: bool) -> None:
+    """The metadata of a backup whose archive is gone goes, with a checksum if there is one."""
+    await good_run(house)
+    (archive,) = vm_folder(house).glob("*.xva")
+    archive.unlink()
+    archive.with_name(f"{archive.name}.checksum").unlink()
+    metadata = archive.with_suffix(".json")
+    report = await sweep(house, dry_run=dry_run)
+    assert names(report["swept"]) == [("file", metadata.name)]
+    assert metadata.exists() is dry_run
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 async def test_a_directory_that_a_live_run_holds_stays(house: House, dry_run: bool) -> None:
     await good_run(house)

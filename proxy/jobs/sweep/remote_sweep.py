@@ -327,9 +327,18 @@ class _Noted(Wrapper):
         return await run()
 
     async def unlink(self, path: str, *, missing_ok: bool = True) -> None:
+        there = await self._is_there(path)
         if not self._dry_run:
             await super().unlink(path, missing_ok=missing_ok)
-        self.removed.append(path)
+        if there:
+            self.removed.append(path)
+
+    async def _is_there(self, path: str) -> bool:
+        try:
+            await self.stat(path)
+        except NotFound:
+            return False
+        return True
 
     async def rmtree(self, path: str) -> None:
         if not self._dry_run:
