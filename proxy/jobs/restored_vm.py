@@ -36,7 +36,7 @@ async def dress_restored(
     if request.additional_vm_tag:
         await xapi.call("VM.add_tags", vm_ref, request.additional_vm_tag)
     await xapi.call("VM.set_name_description", vm_ref, description)
-    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
+    await ownership.forget_interventions(xapi, vm_ref)
     date = date_name(record.backup.timestamp)
     await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
     await ownership.reset_keys(xapi, vm_ref)

@@ -112,6 +112,7 @@ async def snapshot(
                     ownership.RUN: None,
                     ownership.PROXY: None,
                     ownership.SHUT_DOWN: None,
+                    ownership.BLOCKED + backup.run_id: None,
                 },
             )
             await ownership.set_content_keys(xapi, ref)
