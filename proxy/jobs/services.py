@@ -27,7 +27,7 @@ from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
 from proxy.repository.verify import sample_of
 from proxy.runtime import secrets
-from proxy.xapi import Xapi, XapiOptions, connect
+from proxy.xapi import Xapi, XapiOptions, connect, ownership
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -188,11 +188,10 @@ class Services:
                 self.xapi(request.xapi) as xapi,
             ):
                 await self.sweeper.contact(root, xapi)
+                marks = {ownership.PROXY: self.installation, ownership.RUN: root.id}
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
                 with told(root, remote):
-                    return await restore(
-                        root, request, remote, record, xapi, installation=self.installation
-                    )
+                    return await restore(root, request, remote, record, xapi, marks=marks)
 
         properties = {
             "backupId": request.backup_id,
