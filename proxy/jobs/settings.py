@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from proxy.config import parse_duration
 from proxy.errors import Refused
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     get_remote_timeout: _Number = 300_000
     """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
     health_check_sr: str | None = None
+    """Where the VM of a health check is made; none is made without."""
+    health_check_timeout: str | _Number = "10m"
+    """For its guest to come up: milliseconds, or as ``'90s'``."""
+    health_check_vms_with_tags: list[str] = []
+    """Only VMs with one of these tags are checked; empty is every VM."""
     long_term_retention: dict[str, Any] = {}
     max_export_rate: _Number = 0
     """Bytes per second over all VMs of the run; 0 is no limit."""
@@ -58,6 +65,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     vm_timeout: _Number = 0
     """For all attempts at one VM; 0 is no limit."""
 
+    @property
+    def health_check_seconds(self) -> float:
+        """Raises ``ValueError`` for a timeout that is no duration to wait for."""
+        seconds = float(parse_duration(self.health_check_timeout))
+        if not 0 < seconds < math.inf:
+            raise ValueError("Expected a duration that is neither zero nor endless")
+        return seconds
+
 
 REPORT_KEYS = frozenset(
     {"reportWhen", "backupReportTpl", "hideSuccessfulItems", "reportRecipients", "useBasicAuth"}
@@ -67,9 +82,8 @@ REPORT_KEYS = frozenset(
 DELTA_KEYS = frozenset({"useNbd", "validateVhdStreams"})
 """``useNbd`` is the former name of ``preferNbd``; streams are always validated."""
 
-HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
 REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
-IGNORED = REPORT_KEYS | DELTA_KEYS | HEALTH_KEYS | REPLICATION_KEYS
+IGNORED = REPORT_KEYS | DELTA_KEYS | REPLICATION_KEYS
 
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 
@@ -114,9 +128,14 @@ class SettingLevels:
             given = _level(level, where)
             merged.update({key: value for key, value in given.items() if value is not None})
         try:
-            return msgspec.convert({k: v for k, v in merged.items() if k in KNOWN}, Settings)
+            settings = msgspec.convert({k: v for k, v in merged.items() if k in KNOWN}, Settings)
         except msgspec.ValidationError as error:
             raise _invalid(where, str(error)) from error
+        try:
+            _ = settings.health_check_seconds
+        except ValueError as error:
+            raise _invalid(where, f"{error} - at `$.healthCheckTimeout`") from error
+        return settings
 
 
 def _level(level: object, where: str) -> dict[str, Any]:
