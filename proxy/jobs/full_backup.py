@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import trio
@@ -11,6 +12,7 @@ from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
+from proxy.jobs.health_check import check_stored
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.target import FullCopy, now_ms, to_try_again
@@ -48,6 +50,7 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> li
             await _clean(task, targets)
         raise
     if not task.cancel_requested:
+        await _check(task, backup, targets)
         await _clean(task, targets)
     return failed
 
@@ -196,6 +199,12 @@ async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:
         used = int(vdi.get("physical_utilisation") or 0) or size
         total += -(-min(used, size) // _MIB) * (_MIB + 1536)
     return total
+
+
+async def _check(task: Task, backup: VmBackup, targets: Sequence[Target]) -> None:
+    async with trio.open_nursery() as nursery:
+        for target in targets:
+            nursery.start_soon(partial(check_stored, backup, task, target, id=target.id))
 
 
 async def _clean(task: Task, targets: Sequence[Target]) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from proxy.errors import Busy
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
+    from proxy.jobs.health_check import HealthChecks, Wanted
     from proxy.jobs.settings import Settings
     from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Lock, Remote
@@ -103,6 +104,8 @@ class RemoteTarget:
         self._damage = damage
         self._damaged: Mapping[str, Damage] | None = None
         self._parents: dict[str, Parent] = {}
+        self.stored: str | None = None
+        """Path of the metadata of the backup that was stored here."""
 
     @property
     def encodes(self) -> bool:
@@ -127,6 +130,12 @@ class RemoteTarget:
                         merge=merge,
                         progress=partial(self._merging, clean),
                     )
+
+    async def check(
+        self, parent: Task, checks: HealthChecks, wanted: Wanted, **properties: Any
+    ) -> None:
+        if self.stored is not None:
+            await checks.of_backup(parent, wanted, self.remote, self.stored, **properties)
 
     @contextlib.asynccontextmanager
     async def _merging(
@@ -162,7 +171,7 @@ class RemoteTarget:
                 transfer.complete_progress()
                 transfer.result = {"size": writer.size}
             await self.lock.check()
-            await writer.commit(
+            backup = await writer.commit(
                 {
                     "jobId": copy.job_id,
                     "mode": "full",
@@ -175,6 +184,7 @@ class RemoteTarget:
                 },
                 copy.digest(),
             )
+        self.stored = backup.id
         copy.stored.add(self.id)
         if not settings.delete_first:
             await delete_old(export, self, old)

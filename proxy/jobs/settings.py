@@ -11,7 +11,7 @@ from proxy.config import parse_duration
 from proxy.errors import Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _Number = int | float
 
@@ -108,6 +108,13 @@ class SettingLevels:
         """For one VM on one remote or SR."""
         levels = [*self._base, self._job.get(vm_uuid), self._job.get(target_id)]
         return self._read(levels, target_id)
+
+    def health_check_srs(self, ids: Iterable[str]) -> set[str]:
+        """Every SR that health checks of these VMs, remotes and SRs may use."""
+        found = {self.run.health_check_sr}
+        for each in ids:
+            found.add(self._read([*self._base, self._job.get(each)], each).health_check_sr)
+        return {sr for sr in found if sr is not None}
 
     def snapshot_retention(self, schedule_id: str, vm_uuid: str) -> int:
         """For the snapshots that ``schedule_id`` made, which may be another schedule's."""

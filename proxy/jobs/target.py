@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_copying import DiskConsumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
+    from proxy.jobs.health_check import HealthChecks, Wanted
     from proxy.jobs.incremental_metadata import ExportedDisk
     from proxy.jobs.settings import Settings
     from proxy.jobs.vm_backup import VmBackup
@@ -100,6 +101,15 @@ class Target(Protocol):
 
     def incremental(self, copy: IncrementalCopy) -> IncrementalWriter:
         """The writer of one incremental backup."""
+        ...
+
+    async def check(
+        self, parent: Task, checks: HealthChecks, wanted: Wanted, **properties: Any
+    ) -> None:
+        """Boot what was stored here in this attempt; what goes wrong stands in the log only.
+
+        A task below ``parent``, with ``properties``.  Nothing happens when nothing was stored.
+        """
         ...
 
 
