@@ -155,7 +155,7 @@ async def _wait_script(task: Task, xapi: Xapi, vm_ref: str, budget: _Budget) -> 
     raise Corrupt(
         f"Backup health check script failed{reason} for VM {uuid} ",  # the space too is upstream's
         code="EHEALTHSCRIPT",
-        data={"id": uuid, "message": result.message},
+        data={"id": uuid, "reason": result.message},
     )
 
 
