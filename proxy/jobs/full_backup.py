@@ -12,7 +12,6 @@ from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
-from proxy.jobs.health_check import check_stored
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.target import FullCopy, now_ms, to_try_again
@@ -204,7 +203,7 @@ async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:
 async def _check(task: Task, backup: VmBackup, targets: Sequence[Target]) -> None:
     async with trio.open_nursery() as nursery:
         for target in targets:
-            nursery.start_soon(partial(check_stored, backup, task, target, id=target.id))
+            nursery.start_soon(partial(target.check_health, task, backup, id=target.id))
 
 
 async def _clean(task: Task, targets: Sequence[Target]) -> None:

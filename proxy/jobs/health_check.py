@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from proxy.jobs.requests import BackupRequest
     from proxy.jobs.services import Services
     from proxy.jobs.settings import Settings
-    from proxy.jobs.target import Target
     from proxy.jobs.trial_vm import TrialVm
-    from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Remote
     from proxy.repository import BackupRecord
     from proxy.tasks import Task
@@ -63,16 +61,6 @@ def is_filtered(settings: Settings, tags: Sequence[str]) -> bool:
     chosen = settings.health_check_vms_with_tags
     never = any(tag.startswith(_NEVER) for tag in tags)
     return never or (bool(chosen) and not set(chosen) & set(tags))
-
-
-async def check_stored(backup: VmBackup, parent: Task, target: Target, **properties: Any) -> None:
-    """Check what ``target`` got in this attempt, if the settings ask for it.
-
-    A task below ``parent``, with ``properties``; no error gets out.
-    """
-    check = wanted(target.settings, backup.tags)
-    if check is not None and target.id in backup.stored:
-        await target.check(parent, backup.checks, check, **properties)
 
 
 async def tell_filtered(parent: Task) -> None:

@@ -16,7 +16,6 @@ from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
 from proxy.jobs.disk_copying import DiskFanOut
 from proxy.jobs.disk_snapshots import destroy_group, expired_groups, list_disk_snapshots
-from proxy.jobs.health_check import check_stored
 from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disks
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
@@ -304,7 +303,7 @@ class _Attempt:
                 finally:
                     run.leave()
                     ended.set()
-                await check_stored(self._backup, export, target)
+                await target.check_health(export, self._backup)
                 await self._released.wait()
                 await target.clean(export, merge=True)
         except Exception as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.disks.opening import open_chain
 from proxy.errors import ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
+from proxy.jobs.health_check import wanted
 from proxy.jobs.incremental_target import IncrementalTarget
 from proxy.jobs.remote_retention import delete_old, plan_retention
 from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
     from proxy.errors import Busy
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
-    from proxy.jobs.health_check import HealthChecks, Wanted
     from proxy.jobs.settings import Settings
+    from proxy.jobs.target import Target
     from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Lock, Remote
-    from proxy.repository.damage import Damage, DamageNotes
+    from proxy.repository.damage import DamageNotes
     from proxy.tasks import Task
 
 
@@ -99,10 +100,12 @@ class RemoteTarget:
         self.remote = remote
         self.settings = settings
         self.lock = lock
+        self.neighbours: list[RemoteTarget] = []
+        """On which retention counts too."""
+        self._remote_id = target_id
         self.vm_uuid = vm_uuid
         self._job_id = job_id
         self._damage = damage
-        self._damaged: Mapping[str, Damage] | None = None
         self._parents: dict[str, Parent] = {}
         self.stored: str | None = None
         """Path of the metadata of the backup that was stored here."""
@@ -111,9 +114,17 @@ class RemoteTarget:
     def encodes(self) -> bool:
         return self.remote.use_vhd_directory
 
+    async def space(self) -> int | None:
+        return (await self.remote.info()).available
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        self.neighbours = [other for other in others if isinstance(other, RemoteTarget)]
+
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
-        async with task.child("export", id=self.id, isFull=is_full, type="remote") as export:
+        async with task.child(
+            "export", id=self._remote_id, isFull=is_full, type="remote"
+        ) as export:
             with told(export, self.remote):
                 yield export
 
@@ -131,11 +142,10 @@ class RemoteTarget:
                         progress=partial(self._merging, clean),
                     )
 
-    async def check(
-        self, parent: Task, checks: HealthChecks, wanted: Wanted, **properties: Any
-    ) -> None:
-        if self.stored is not None:
-            await checks.of_backup(parent, wanted, self.remote, self.stored, **properties)
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        check = wanted(self.settings, backup.tags)
+        if check is not None and self.stored is not None:
+            await backup.checks.of_backup(parent, check, self.remote, self.stored, **properties)
 
     @contextlib.asynccontextmanager
     async def _merging(
@@ -157,7 +167,7 @@ class RemoteTarget:
         settings = self.settings
         old, tags = await plan_retention(self, copy.schedule_id, copy.timestamp, mode="full")
         if settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
         async with open_full_backup(self.remote, copy.vm_uuid, copy.timestamp) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, copy.estimate, estimated=True)
@@ -187,22 +197,24 @@ class RemoteTarget:
         self.stored = backup.id
         copy.stored.add(self.id)
         if not settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
 
     # -- incremental backups -----------------------------------------------------------------
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
         """An error of the storage is a refusal too, with the error as evidence: the full backup
         that follows will tell it.  So is what is known to be damaged."""
-        if self._damaged is None:
-            self._damaged = await self._damage.all()
-        parent = await find_parent(
-            self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=self._damaged
-        )
-        if isinstance(parent, NoParent):
-            return Refusal(parent.reason, parent.message, parent.evidence)
-        self._parents[disk] = parent
-        return None
+        damaged = await self._damage.all()
+        refused: dict[str, Refusal] = {}
+        for disk, snapshot in snapshots.items():
+            parent = await find_parent(
+                self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=damaged
+            )
+            if isinstance(parent, NoParent):
+                refused[disk] = Refusal(parent.reason, parent.message, parent.evidence)
+            else:
+                self._parents[disk] = parent
+        return refused
 
     def sorts_behind(self, disks: Collection[str]) -> str:
         names = [parent.name for disk, parent in self._parents.items() if disk in disks]

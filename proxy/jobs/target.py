@@ -14,7 +14,7 @@ from proxy.errors import Canceled, Many
 from proxy.formats.vhd import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.disks.disk import Disk, RandomDisk
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_copying import DiskConsumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
-    from proxy.jobs.health_check import HealthChecks, Wanted
     from proxy.jobs.incremental_metadata import ExportedDisk
     from proxy.jobs.settings import Settings
     from proxy.jobs.vm_backup import VmBackup
@@ -57,8 +56,8 @@ class Destination(Protocol):
 class Target(Protocol):
     """A destination with one VM in one attempt."""
 
-    @property
-    def id(self) -> str: ...
+    id: str
+    """What ``stored`` receives: its destination's id."""
 
     @property
     def settings(self) -> Settings: ...
@@ -66,6 +65,14 @@ class Target(Protocol):
     @property
     def encodes(self) -> bool:
         """Whether what it stores is compressed here: then a slow target may be a slow CPU."""
+        ...
+
+    async def space(self) -> int | None:
+        """Free bytes; ``None`` where there is no limit."""
+        ...
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        """Let retention count, and remove, what is on ``others`` too: of the same kind."""
         ...
 
     def export(self, task: Task, *, is_full: bool) -> AbstractAsyncContextManager[Task]:
@@ -84,10 +91,11 @@ class Target(Protocol):
         """
         ...
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
-        """Whether a delta of the live ``disk`` (uuid) since ``snapshot`` can be stored here.
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+        """Of which live disks (uuids) no delta since their snapshot can be stored here.
 
-        The target remembers what it found, for the delta that may come.
+        The target remembers what it found for the others, for the deltas that may come; that
+        they may come does not mean that they will.
         """
         ...
 
@@ -103,12 +111,10 @@ class Target(Protocol):
         """The writer of one incremental backup."""
         ...
 
-    async def check(
-        self, parent: Task, checks: HealthChecks, wanted: Wanted, **properties: Any
-    ) -> None:
-        """Boot what was stored here in this attempt; what goes wrong stands in the log only.
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        """Boot what was stored here in this attempt, if its settings ask for it.
 
-        A task below ``parent``, with ``properties``.  Nothing happens when nothing was stored.
+        A task below ``parent``, with ``properties``; what goes wrong stands in the log only.
         """
         ...
 

@@ -11,6 +11,7 @@ import trio
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
+from proxy.jobs.distribution import DistributedDestination
 from proxy.jobs.health_check import HealthChecks, is_filtered, tell_filtered
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.patterns import ids_of
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     """The work of a job's root task.  What fails inside a VM fails that VM's task only."""
     settings = job.settings.run
-    for key in job.settings.unknown_keys():
-        root.warning(f"the setting '{key}' is not known and has no effect")
+    for sentence in job.settings.without_effect():
+        root.warning(sentence)
     checks = HealthChecks(services, job.request, root)
     targets = [*job.remote_ids, *ids_of(job.request.job.get("srs"))]
     await checks.find_srs(job.settings.health_check_srs([*job.vms, *targets]))
@@ -49,7 +50,11 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
             stack,
             seconds=settings.get_remote_timeout / 1000,
         )
-        destinations = [RemoteDestination(key, remote) for key, remote in remotes.items()]
+        destinations: list[Destination] = [
+            RemoteDestination(key, remote) for key, remote in remotes.items()
+        ]
+        if settings.distribute_backups and len(destinations) > 1:
+            destinations = [DistributedDestination(destinations)]
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
@@ -80,7 +85,7 @@ class _VmRun:
             root,
             parts=len(job.vms),
             concurrency=settings.concurrency,
-            max_export_rate=settings.max_export_rate,
+            rate=settings.export_rate(),
             timeout=settings.timeout,
         )
 
