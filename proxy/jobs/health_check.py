@@ -10,6 +10,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from proxy.errors import NoSuchObject, NotFound, ProxyError
 from proxy.jobs.incremental_restore import restore_incremental
 from proxy.jobs.requests import RestoreRequest
@@ -194,12 +196,20 @@ class HealthChecks:
             await trial.dress(vm_ref, f"{name if isinstance(name, str) else made} ({date})")
 
         restore = restore_full if record.backup.mode == "full" else restore_incremental
-        await restore(task, request, remote, record, trial.xapi, marks=self._marks, dress=dress)
+        await restore(
+            task, request, remote, _unguarded(record), trial.xapi, marks=self._marks, dress=dress
+        )
 
     @staticmethod
     async def _boot(task: Task, check: Wanted, trial: TrialVm) -> None:
         assert trial.vm_ref is not None
         await boot(task, trial.xapi, trial.vm_ref, check.seconds)
+
+
+def _unguarded(record: BackupRecord) -> BackupRecord:
+    """What is made of it is never under HA, which might start it on its networks, nor blocked."""
+    vm: dict[str, Any] = {**record.metadata["vm"], "ha_always_run": False, "blocked_operations": {}}
+    return msgspec.structs.replace(record, metadata={**record.metadata, "vm": vm})
 
 
 async def _are_one(one: Xapi, other: Xapi) -> bool:

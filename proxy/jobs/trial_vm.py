@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from proxy.errors import Corrupt, Unreachable, XapiError
+from proxy.errors import Corrupt, ProxyError, Unreachable, XapiError
 from proxy.jobs.undo import undo_step
 from proxy.runtime.deadlines import undo_within
 from proxy.xapi import guest, ownership, vms
+from proxy.xapi.together import all_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -81,10 +84,13 @@ async def trial_vm(xapi: Xapi, marks: Mapping[str, str]) -> AsyncIterator[TrialV
 
 
 async def _destroy(trial: TrialVm) -> None:
+    """All of it, whatever becomes of a part; raises the first error."""
+    errors: list[ProxyError] = []
     if trial.vm_ref is not None:
-        await _destroy_vm(trial.xapi, trial.vm_ref)
-    for ref in trial.vdi_refs:
-        await vms.destroy_vdi(trial.xapi, ref)
+        errors += await all_of(partial(_destroy_vm, trial.xapi), [trial.vm_ref])
+    errors += await all_of(partial(vms.destroy_vdi, trial.xapi), trial.vdi_refs)
+    if errors:
+        raise errors[0]
 
 
 async def _destroy_vm(xapi: Xapi, vm_ref: str) -> None:
@@ -116,7 +122,8 @@ async def boot(parent: Task, xapi: Xapi, vm_ref: str, seconds: float) -> None:
             await guest.plan_script(xapi, vm_ref)
         budget = _Budget(uuid, seconds)
         with budget.spent_on(f"VM {uuid} not started after {seconds:g} second", "start"):
-            await xapi.call_async("VM.start", vm_ref, False, False)
+            # bounded by the budget
+            await xapi.call_async("VM.start", vm_ref, False, False, timeout=math.inf)
         with budget.spent_on(
             f"the host does not say that the VM {uuid} runs after {seconds:g} second", "running"
         ):

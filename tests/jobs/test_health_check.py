@@ -419,7 +419,6 @@ async def test_memory_in_a_backup_is_not_brought_back(house: House) -> None:
 # -- what fails -----------------------------------------------------------------------------
 
 CALLS = [
-    "VM.remove_from_blocked_operations",
     "VM.set_name_label",
     "VM.add_to_other_config",
     "VDI.add_to_other_config",

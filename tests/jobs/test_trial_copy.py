@@ -204,7 +204,7 @@ FAILING = {
     "another SR": ["VM.copy", "VM.add_tags", "VM.set_ha_restart_priority"],
     "another pool": [
         "VM.create", "VDI.create", "VBD.create", "VDI.set_name_label",
-        "VTPM.create", "/import_raw_vdi", "VM.add_tags",
+        "VTPM.create", "/import_raw_vdi", "VM.remove_from_blocked_operations",
     ],
 }  # fmt: skip
 
