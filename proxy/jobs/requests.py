@@ -94,8 +94,6 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
 def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
     if ids_of(job.get("srs")):
         raise Refused("replication to SRs is not available yet", code="ENOTSUP")
-    if levels.run.health_check_sr is not None:
-        raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
 
 
 @dataclass(frozen=True, slots=True)

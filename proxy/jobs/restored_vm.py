@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from proxy.repository import date_name
 from proxy.xapi import ownership, vm_create
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from proxy.jobs.requests import RestoreRequest
     from proxy.repository import BackupRecord
     from proxy.xapi import Xapi
+
+
+class Dress(Protocol):
+    """What is done last, when a restored VM is complete under its temporary name.
+
+    When it returns nobody destroys the VM any more: it gives the VM its name, and takes off the
+    marks of the run or hands the VM to somebody who will.
+    """
+
+    async def __call__(
+        self, xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord
+    ) -> None: ...
 
 
 async def dress_restored(

@@ -190,11 +190,10 @@ class Services:
             ):
                 await self.sweeper.contact(root, xapi)
                 await self.sweeper.contact_remote(root, remote)
+                marks = Owner(self.installation, root.id).marks
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
                 with told(root, remote):
-                    return await restore(
-                        root, request, remote, record, xapi, installation=self.installation
-                    )
+                    return await restore(root, request, remote, record, xapi, marks=marks)
 
         properties = {
             "backupId": request.backup_id,
