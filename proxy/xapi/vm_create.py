@@ -9,7 +9,7 @@ from proxy.formats.vhd import MAX_VIRTUAL_SIZE
 from proxy.xapi import ownership, vms
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.xapi.client import Xapi
 
@@ -165,13 +165,33 @@ async def create_vdi(
     return str(await xapi.call("VDI.create", fields))
 
 
-async def mark_vdi(
-    xapi: Xapi, vdi_ref: str, record: Mapping[str, Any], *, marks: Mapping[str, str]
-) -> None:
-    """Give a VDI that was cloned what :func:`create_vdi` gives: two calls, the marks at once."""
+async def clone_vdi(
+    xapi: Xapi,
+    base_ref: str,
+    record: Mapping[str, Any],
+    *,
+    marks: Mapping[str, str],
+    made: Callable[[str], None],
+) -> str:
+    """A VDI with the content of ``base_ref`` that is otherwise as :func:`create_vdi` makes it.
+
+    As large as ``record`` says, if the base is smaller.  ``made`` hears of its reference as
+    soon as it exists: what follows may fail.
+    """
+
+    async def discard(result: Any) -> None:
+        await vms.destroy_vdi(xapi, str(result))
+
+    vdi_ref = str(await xapi.call_async("VDI.clone", base_ref, on_late_success=discard))
+    made(vdi_ref)
+    # The name and the marks at once: in between the clone looks like its base.
     await xapi.call("VDI.set_name_label", vdi_ref, importing(record.get("name_label")))
     keys: Mapping[str, str] = record.get("other_config") or {}
     await xapi.call("VDI.set_other_config", vdi_ref, {**keys, **marks})
+    size = int(record["virtual_size"])
+    if int((await xapi.record("VDI", vdi_ref))["virtual_size"]) < size:
+        await xapi.call_async("VDI.resize", vdi_ref, size)
+    return vdi_ref
 
 
 async def release_vdi(xapi: Xapi, vdi_ref: str, record: Mapping[str, Any]) -> None:
