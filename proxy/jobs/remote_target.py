@@ -181,7 +181,13 @@ class RemoteTarget:
 
     # -- incremental backups -----------------------------------------------------------------
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
+    @property
+    def knows_content(self) -> bool:
+        return False
+
+    async def find_base(
+        self, disk: str, snapshot: DiskSnapshot, *, by_content: bool = False
+    ) -> Refusal | None:
         """An error of the storage is a refusal too, with the error as evidence: the full backup
         that follows will tell it.  So is what is known to be damaged."""
         if self._damaged is None:

@@ -51,8 +51,10 @@ class VmJob:
     compression: str
     """``none``, ``native`` (gzip) or ``zstd``."""
     schedule_id: str
+    schedule_name: str
     vms: list[str]
     remote_ids: list[str]
+    sr_ids: list[str]
     settings: SettingLevels
     request: BackupRequest
 
@@ -74,8 +76,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
-    remote_ids = ids_of(job.get("remotes"))
-    _refuse_unsupported(job, levels)
+    _refuse_unsupported(levels)
     compression = job.get("compression") or ""
     return VmJob(
         id=str(job.get("id", "")),
@@ -83,21 +84,26 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         mode=mode,
         compression=_COMPRESSIONS.get(str(compression), "zstd"),
         schedule_id=schedule_id,
+        schedule_name=str(request.schedule.get("name") or ""),
         vms=ids_of(job.get("vms")),
-        remote_ids=remote_ids,
+        remote_ids=ids_of(job.get("remotes")),
+        sr_ids=ids_of(job.get("srs")),
         settings=levels,
         request=request,
     )
 
 
-def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
-    if ids_of(job.get("srs")):
-        raise Refused("replication to SRs is not available yet", code="ENOTSUP")
+def _refuse_unsupported(levels: SettingLevels) -> None:
     if levels.run.health_check_sr is not None:
         raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
     if levels.run.distribute_backups:
         raise Refused(
             "distributed backups are not available yet: unset distributeBackups", code="ENOTSUP"
+        )
+    if levels.run.distribute_replications:
+        raise Refused(
+            "distributed replications are not available yet: unset distributeReplications",
+            code="ENOTSUP",
         )
 
 

@@ -24,10 +24,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     concurrency: _Number = 2
     """VMs at once; 0 is no limit."""
     copy_retention: _Number = 0
+    """Replicas kept on an SR, the new one included."""
     delete_first: bool = False
     disk_per_vm_concurrency: _Number = 0
     """Disks of one VM at once; 0 is no limit."""
     distribute_backups: bool = False
+    distribute_replications: bool = False
     export_retention: _Number = 0
     """Backups kept on a remote, the new one included."""
     full_interval: _Number = 0
@@ -57,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     unconditional_snapshot: bool = False
     vm_timeout: _Number = 0
     """For all attempts at one VM; 0 is no limit."""
+    warm_migration: bool = msgspec.field(default=False, name="_warmMigration")
+    """The replica goes into production: it gets no tag and keeps its HA."""
 
 
 REPORT_KEYS = frozenset(
@@ -68,8 +72,7 @@ DELTA_KEYS = frozenset({"useNbd", "validateVhdStreams"})
 """``useNbd`` is the former name of ``preferNbd``; streams are always validated."""
 
 HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
-REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
-IGNORED = REPORT_KEYS | DELTA_KEYS | HEALTH_KEYS | REPLICATION_KEYS
+IGNORED = REPORT_KEYS | DELTA_KEYS | HEALTH_KEYS
 
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 

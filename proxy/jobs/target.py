@@ -83,11 +83,19 @@ class Target(Protocol):
         """
         ...
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
+    async def find_base(
+        self, disk: str, snapshot: DiskSnapshot, *, by_content: bool = False
+    ) -> Refusal | None:
         """Whether a delta of the live ``disk`` (uuid) since ``snapshot`` can be stored here.
 
-        The target remembers what it found, for the delta that may come.
+        With ``by_content`` whoever brought the content of ``snapshot`` here; otherwise only
+        this job.  The target remembers what it found, for the delta that may come.
         """
+        ...
+
+    @property
+    def knows_content(self) -> bool:
+        """Whether :meth:`find_base` can look ``by_content``."""
         ...
 
     def sorts_behind(self, disks: Collection[str]) -> str:

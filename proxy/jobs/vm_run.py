@@ -11,7 +11,7 @@ import trio
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
-from proxy.jobs.opening import failed, open_remotes
+from proxy.jobs.opening import failed, open_remotes, open_srs
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
 from proxy.jobs.run_limits import RunLimits
@@ -36,6 +36,14 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     for key in job.settings.unknown_keys():
         root.warning(f"the setting '{key}' is not known and has no effect")
     async with contextlib.AsyncExitStack() as stack:
+        srs = await open_srs(
+            services,
+            job.request,
+            job.sr_ids,
+            root,
+            stack,
+            seconds=settings.get_remote_timeout / 1000,
+        )
         remotes = await open_remotes(
             services,
             job.request,
@@ -44,7 +52,10 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
             stack,
             seconds=settings.get_remote_timeout / 1000,
         )
-        destinations = [RemoteDestination(key, remote) for key, remote in remotes.items()]
+        destinations: list[Destination] = [
+            *(RemoteDestination(key, remote) for key, remote in remotes.items()),
+            *srs,
+        ]
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
@@ -174,7 +185,7 @@ class _VmRun:
         self, task: Task, backup: VmBackup, wanted: Mapping[str, Settings]
     ) -> list[str]:
         if not wanted and backup.settings.snapshot_retention == 0:
-            if self._job.remote_ids:
+            if self._job.remote_ids or self._job.sr_ids:
                 raise Refused("no target is left for this VM", code="ENOTARGET")
             return []
         async with self._targets(task, backup, wanted) as targets:

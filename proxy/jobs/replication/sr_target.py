@@ -1,0 +1,128 @@
+"""An SR, of any pool, as the target of VM backups: it gets replicas."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
+from proxy.jobs.replication.full_replica import write_full_replica
+from proxy.jobs.replication.incremental_replica import IncrementalReplica
+from proxy.jobs.replication.replicas import expired, list_replicas
+from proxy.xapi import ownership
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Mapping
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.disks.disk import RandomDisk
+    from proxy.jobs.copying import Consumer
+    from proxy.jobs.disk_snapshots import DiskSnapshot
+    from proxy.jobs.replication.replicas import Replica
+    from proxy.jobs.settings import Settings
+    from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal
+    from proxy.jobs.vm_backup import VmBackup
+    from proxy.tasks import Task
+    from proxy.xapi import Xapi
+
+
+class SrDestination:
+    """An SR with a session on its pool, open for a run."""
+
+    def __init__(self, sr_id: str, xapi: Xapi, ref: str, record: Mapping[str, Any]) -> None:
+        self.id = sr_id
+        self.xapi = xapi
+        self.ref = ref
+        self.name_label = str(record.get("name_label", ""))
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        return {"id": self.id, "name_label": self.name_label, "type": "SR"}
+
+    def retention(self, settings: Settings) -> float:
+        return settings.copy_retention
+
+    @contextlib.asynccontextmanager
+    async def target(
+        self, task: Task, backup: VmBackup, settings: Settings
+    ) -> AsyncIterator[SrTarget]:
+        """Nothing is locked on an SR: a job runs once at a time, and its replicas are its own."""
+        yield SrTarget(self, task, backup, settings)
+
+
+class SrTarget:
+    """An SR with one VM in one attempt."""
+
+    def __init__(
+        self, destination: SrDestination, task: Task, backup: VmBackup, settings: Settings
+    ) -> None:
+        self.id = destination.id
+        self.xapi = destination.xapi
+        self.sr_ref = destination.ref
+        self.settings = settings
+        self.backup = backup
+        self.bases: dict[str, ReplicaBase] = {}
+        """By the uuid of the live disk."""
+        self._destination = destination
+        self._task = task
+        prefer, default = settings.prefer_nbd, backup.defaults.prefer_nbd
+        self._finder = ReplicaBases(
+            self.xapi,
+            self.sr_ref,
+            job_id=backup.job.id,
+            vm_uuid=backup.uuid,
+            checks_qcow2=default if prefer is None else prefer,
+        )
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """On all that is unfinished."""
+        return {ownership.PROXY: self.backup.installation, ownership.RUN: self.backup.run_id}
+
+    @property
+    def encodes(self) -> bool:
+        return False
+
+    @contextlib.asynccontextmanager
+    async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
+        properties = self._destination.properties
+        async with task.child("export", **properties, isFull=is_full) as export:
+            yield export
+
+    async def clean(self, parent: Task, *, merge: bool) -> None:
+        """What is left unfinished on a pool is swept at the first contact; SRs merge alone."""
+
+    async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
+        await write_full_replica(self, export, copy, consumer)
+
+    @property
+    def knows_content(self) -> bool:
+        return True
+
+    async def find_base(
+        self, disk: str, snapshot: DiskSnapshot, *, by_content: bool = False
+    ) -> Refusal | None:
+        self.bases.pop(disk, None)
+        found = await self._finder.find(self._task, snapshot, by_content=by_content)
+        if not isinstance(found, ReplicaBase):
+            return found
+        self.bases[disk] = found
+        return None
+
+    def sorts_behind(self, disks: Collection[str]) -> str:
+        return ""
+
+    def open_base(self, disk: str) -> AbstractAsyncContextManager[RandomDisk] | None:
+        """A replica's disk is on a host: reading it there would be another whole transfer."""
+        return None
+
+    def incremental(self, copy: IncrementalCopy) -> IncrementalReplica:
+        return IncrementalReplica(self, copy)
+
+    async def replicas(self) -> tuple[list[Replica], list[Replica]]:
+        """All that the schedule keeps here, oldest first, and of these the ones too many."""
+        job = self.backup.job
+        found = await list_replicas(self.xapi, self.id, self.backup.uuid, job.schedule_id)
+        settings = self.settings
+        old = expired(found, settings.copy_retention, skip=settings.skip_delete_old_entries)
+        return found, old
