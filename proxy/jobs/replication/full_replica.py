@@ -113,9 +113,7 @@ async def _mark(xapi: Xapi, vm_ref: str, marks: dict[str, str]) -> str:
 
 async def _dress(target: SrTarget, copy: FullCopy, vm_ref: str) -> None:
     xapi, job = target.xapi, target.backup.job
-    await xapi.update_map(
-        "VM", vm_ref, "blocked_operations", keys.BLOCKED_OPERATIONS
-    )
+    await xapi.update_map("VM", vm_ref, "blocked_operations", keys.BLOCKED_OPERATIONS)
     await forget_block(xapi, vm_ref)
     if not target.settings.warm_migration:
         await xapi.call("VM.add_tags", vm_ref, keys.FULL_TAG)

@@ -127,9 +127,7 @@ class ReplicaVm:
             await xapi.call("VDI.set_name_label", self._memory.ref, own)
 
     async def _block_start(self) -> None:
-        await self._xapi.update_map(
-            "VM", self.ref, "blocked_operations", keys.BLOCKED_OPERATIONS
-        )
+        await self._xapi.update_map("VM", self.ref, "blocked_operations", keys.BLOCKED_OPERATIONS)
 
     async def _add_devices(self, transfer: Task) -> None:
         xapi = self._xapi
