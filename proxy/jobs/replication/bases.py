@@ -135,7 +135,7 @@ class ReplicaBases:
     ) -> str | None:
         """The replica whose disk this is: a VM that was made for one transfer, that is complete
         and that nobody could have started since."""
-        if keys_of(vdi).get(ownership.COPY_OF) != snapshot.uuid:
+        if keys_of(vdi).get(ownership.COPY_OF) != snapshot.uuid or ownership.RUN in keys_of(vdi):
             return None
         owners = await self._owners(ref)
         if len(owners) != 1:
@@ -187,7 +187,6 @@ def _is_whole(vdi: Record) -> bool:
     return (
         bool(vdi.get("managed", True))
         and vdi.get("type") != "cbt_metadata"
-        and ownership.RUN not in keys_of(vdi)
         and not vm_create.is_importing(vdi.get("name_label"))
     )
 

@@ -112,7 +112,7 @@ async def _mark(xapi: Xapi, vm_ref: str, marks: dict[str, str]) -> str:
 
 
 async def _dress(target: SrTarget, copy: FullCopy, vm_ref: str) -> None:
-    xapi, job = target.xapi, target.backup.job
+    xapi = target.xapi
     await xapi.update_map("VM", vm_ref, "blocked_operations", keys.BLOCKED_OPERATIONS)
     await forget_block(xapi, vm_ref)
     if not target.settings.warm_migration:
@@ -121,16 +121,6 @@ async def _dress(target: SrTarget, copy: FullCopy, vm_ref: str) -> None:
         if vm.get("ha_restart_priority"):
             await xapi.call("VM.set_ha_restart_priority", vm_ref, "")
             await xapi.call("VM.add_tags", vm_ref, keys.HA_TAG)
-    await ownership.set_keys(
-        xapi,
-        vm_ref,
-        {
-            ownership.SR: target.id,
-            ownership.DATETIME: keys.key_date(copy.timestamp),
-            ownership.JOB: job.id,
-            ownership.SCHEDULE: job.schedule_id,
-            ownership.VM: copy.vm_uuid,
-            # of the source, which an export without a snapshot was taken of
-            ownership.SHUT_DOWN: None,
-        },
-    )
+    # The mark of a VM that we shut down: an export without a snapshot is of the source itself.
+    gone = {ownership.SHUT_DOWN: None}
+    await ownership.set_keys(xapi, vm_ref, {**target.keys(copy.timestamp), **gone})

@@ -13,6 +13,7 @@ from proxy.disks.disk import block_pool
 from proxy.errors import Corrupt
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.jobs.disk_parts import DiskParts
+from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.follower import Follower, find_follower
 from proxy.jobs.replication.replica_vm import NewDisk, ReplicaVm
 from proxy.jobs.replication.replicas import delete_replicas
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from proxy.disks.disk import Block, BlockReader, Disk
     from proxy.jobs.disk_copying import DiskConsumer
+    from proxy.jobs.replication.replicas import Replica
     from proxy.jobs.replication.sr_target import SrTarget
     from proxy.jobs.target import DiskPart, IncrementalCopy
     from proxy.runtime.buffers import BufferPool
@@ -51,6 +53,7 @@ class IncrementalReplica(DiskParts):
     async def run(self, export: Task) -> None:
         target, settings = self._target, self._target.settings
         replicas, old = await target.replicas()
+        await self._tidy(replicas)
         follower = await find_follower(target, replicas)
         if isinstance(follower, Follower):
             used = {follower.ref}
@@ -74,6 +77,16 @@ class IncrementalReplica(DiskParts):
             transfer.complete_progress()
             transfer.result = {"size": self._size}
         await delete_replicas(export, target.xapi, old, in_use={replica.ref})
+
+    async def _tidy(self, replicas: Sequence[Replica]) -> None:
+        """A run that broke off when its replica was complete left its marks on it."""
+        backup = self._target.backup
+        for replica in replicas:
+            keys = keys_of(replica.record)
+            ours = keys.get(ownership.PROXY) == backup.installation
+            if ours and not backup.is_live_run(keys.get(ownership.RUN, "")):
+                marks = dict.fromkeys(self._target.marks)
+                await ownership.set_keys(self._target.xapi, replica.ref, marks)
 
     async def _store(self, undo: Undo, transfer: Task, part: DiskPart) -> None:
         target, exported, disk = self._target, part.exported, part.disk
@@ -110,11 +123,16 @@ class IncrementalReplica(DiskParts):
         undo.add("destroy a half-made disk", partial(vms.destroy_vdi, self._target.xapi, ref))
 
     def _keys(self, vdi: dict[str, Any]) -> dict[str, str]:
-        """What the disk carries: what the source's has, but for what belongs to its backups."""
+        """What the source's disk has, with our keys in the place of those of its backups."""
         config: dict[str, str] = {**(vdi.get("other_config") or {})}
         for key in (*ownership.RESET_KEYS, ownership.BASE_DELTA_VDI):
             config.pop(key, None)
-        return config
+        return {
+            **config,
+            **self._target.keys(self._copy.timestamp),
+            ownership.CONTENT_KEY: str(vdi["uuid"]),
+            ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
+        }
 
 
 def _nothing(_size: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from proxy.errors import ProxyError
 from proxy.jobs.replication import keys
 from proxy.jobs.undo import UNDO_SECONDS, Undo
 from proxy.repository import date_name
@@ -20,7 +21,7 @@ from proxy.xapi import ownership, vm_create, vm_update, vms
 from proxy.xapi.snapshots import take_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from proxy.jobs.incremental_metadata import ExportedDisk
     from proxy.jobs.replication.follower import Follower
@@ -76,7 +77,6 @@ class ReplicaVm:
         else:
             aside = [ref for ref, _ in follower.disks]
             await self._update(transfer, follower)
-        await ownership.set_keys(self._xapi, self.ref, self._keys())
         async with transfer.child("target snapshot"):
             snapshot = await self._snapshot()
             if follower is None:
@@ -121,13 +121,16 @@ class ReplicaVm:
             await xapi.call(
                 "VM.set_ha_restart_priority", self.ref, self._source["ha_restart_priority"]
             )
-        await self._block_start()
+        await self._block_start({})
         if self._memory is not None:
             own = str(self._memory.exported.vdi["name_label"])
             await xapi.call("VDI.set_name_label", self._memory.ref, own)
 
-    async def _block_start(self) -> None:
-        await self._xapi.update_map("VM", self.ref, "blocked_operations", keys.BLOCKED_OPERATIONS)
+    async def _block_start(self, present: Mapping[str, str]) -> None:
+        """In one call: at no time can the replica be started."""
+        wanted = {**present, **keys.BLOCKED_OPERATIONS}
+        if wanted != present:
+            await self._xapi.call("VM.set_blocked_operations", self.ref, wanted)
 
     async def _add_devices(self, transfer: Task) -> None:
         xapi = self._xapi
@@ -169,10 +172,10 @@ class ReplicaVm:
                 await xapi.call("VBD.destroy", ref)
         for ref in saved.interfaces:
             await xapi.call("VIF.destroy", ref)
-        config = {**self._fields()["other_config"], **self._target.marks}
+        fields = self._fields()
         wanted = {
-            **self._fields(),
-            "other_config": {**config, ownership.SR: self._target.id},
+            **fields,
+            "other_config": {**fields["other_config"], **self._target.marks},
             "name_label": str(self._source["name_label"]),
             "ha_restart_priority": self._source.get("ha_restart_priority", "")
             if self._target.settings.warm_migration
@@ -180,7 +183,7 @@ class ReplicaVm:
         }
         await vm_update.set_fields(xapi, self.ref, saved.record, wanted)
         await self._add_devices(transfer)
-        await self._block_start()
+        await self._block_start(saved.record["blocked_operations"])
 
     async def _put_aside(self, ref: str, vdi: Record) -> None:
         """Marked before its VM lets go of it: a crash in between must not lose it."""
@@ -206,6 +209,11 @@ class ReplicaVm:
         config: dict[str, str] = {**(self._source.get("other_config") or {})}
         for key in (*ownership.RESET_KEYS, ownership.SHUT_DOWN):
             config.pop(key, None)
+        config |= {
+            **self._target.keys(self._copy.timestamp),
+            ownership.COPY_OF: str(self._source["uuid"]),
+            ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
+        }
         tags: list[str] = list(self._source.get("tags") or [])
         if not self._target.settings.warm_migration:
             tags.append(keys.INCREMENTAL_TAG)
@@ -220,21 +228,17 @@ class ReplicaVm:
             "tags": list(dict.fromkeys(tags)),
         }
 
-    def _keys(self) -> dict[str, str | None]:
-        job = self._target.backup.job
-        return {
-            ownership.SR: self._target.id,
-            ownership.DATETIME: keys.key_date(self._copy.timestamp),
-            ownership.JOB: job.id,
-            ownership.SCHEDULE: job.schedule_id,
-            ownership.VM: self._copy.vm_uuid,
-            ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
-        }
-
     async def _snapshot(self) -> str:
         """The snapshot that is this transfer, whatever becomes of the VM: with its name it is."""
         xapi, backup = self._xapi, self._target.backup
-        await self._say_copy_of()
+        for disk in self._disks:
+            # Only now: by this key the next delta finds its base.
+            await xapi.call(
+                "VDI.add_to_other_config",
+                disk.ref,
+                ownership.COPY_OF,
+                str(disk.exported.vdi["uuid"]),
+            )
         snapshot = await take_snapshot(xapi, self.ref, bypass_chain_check=True)
         self._undo.add(
             "destroy the snapshot of the replica",
@@ -250,32 +254,37 @@ class ReplicaVm:
         )
         return snapshot
 
-    async def _say_copy_of(self) -> None:
-        """What each part is a copy of: by this the next delta finds its base."""
-        for disk in self._disks:
-            uuid = str(disk.exported.vdi["uuid"])
-            await self._xapi.update_map(
-                "VDI",
-                disk.ref,
-                "other_config",
-                {ownership.COPY_OF: uuid, ownership.CONTENT_KEY: uuid},
-            )
-        await self._xapi.update_map(
-            "VM", self.ref, "other_config", {ownership.COPY_OF: str(self._source["uuid"])}
-        )
-
     async def _finish(self, snapshot: str, aside: Sequence[str]) -> None:
         """The transfer is kept: the VM itself is no copy of anything any more, and ready for
-        the next; what it had before goes."""
-        await ownership.set_keys(self._xapi, snapshot, dict.fromkeys(self._target.marks))
+        the next; what it had before goes.  All is tried; the first error is raised."""
+        xapi, marks = self._xapi, tuple(self._target.marks)
+        frozen = await vms.disks(xapi, await xapi.record("VM", snapshot))
+        steps: list[Callable[[], Awaitable[object]]] = [
+            *(partial(self._drop, "VDI", ref, marks) for _, ref, _ in frozen),
+            partial(self._drop, "VM", snapshot, marks),
+        ]
         for disk in self._disks:
             own = str(disk.exported.vdi["name_label"])
-            await self._xapi.call("VDI.set_name_label", disk.ref, own)
-        await ownership.reset_keys(self._xapi, self.ref)
+            steps.append(partial(xapi.call, "VDI.set_name_label", disk.ref, own))
+            steps.append(partial(self._drop, "VDI", disk.ref, ownership.RESET_KEYS))
         if self._memory is not None:
-            await ownership.reset_disk_keys(self._xapi, self._memory.ref)
-        for ref in aside:
-            await vms.destroy_vdi(self._xapi, ref)
+            steps.append(partial(self._drop, "VDI", self._memory.ref, ownership.RESET_KEYS))
+        steps.append(partial(self._drop, "VM", self.ref, ownership.RESET_KEYS))
+        steps += [partial(vms.destroy_vdi, xapi, ref) for ref in aside]
+        errors: list[ProxyError] = []
+        for step in steps:
+            try:
+                await step()
+            except ProxyError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    async def _drop(self, cls: str, ref: str, gone: Sequence[str]) -> None:
+        """Remove keys in one call: nobody else writes to what we have just made."""
+        config: Mapping[str, str] = (await self._xapi.record(cls, ref)).get("other_config") or {}
+        kept = {key: value for key, value in config.items() if key not in gone}
+        await self._xapi.call(f"{cls}.set_other_config", ref, kept)
 
 
 def _readable(size: int) -> str:

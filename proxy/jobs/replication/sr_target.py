@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
+from proxy.jobs.replication.keys import key_date
 from proxy.jobs.replication.replicas import expired, list_replicas
 from proxy.xapi import ownership
 
@@ -78,6 +79,17 @@ class SrTarget:
     def marks(self) -> dict[str, str]:
         """On all that is unfinished."""
         return {ownership.PROXY: self.backup.installation, ownership.RUN: self.backup.run_id}
+
+    def keys(self, timestamp: float) -> dict[str, str]:
+        """On each part of a replica: whose, of which job, and when."""
+        job = self.backup.job
+        return {
+            ownership.SR: self.id,
+            ownership.DATETIME: key_date(timestamp),
+            ownership.JOB: job.id,
+            ownership.SCHEDULE: job.schedule_id,
+            ownership.VM: self.backup.uuid,
+        }
 
     @property
     def encodes(self) -> bool:

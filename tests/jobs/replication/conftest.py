@@ -16,8 +16,7 @@ from proxy.jobs import BackupRequest
 from proxy.simulator import SimulatedPool, serve
 from proxy.tasks import Task
 from proxy.xapi import ownership
-
-from ..conftest import House, Outcome, open_house
+from tests.jobs.conftest import House, Outcome, open_house
 
 MIB = 1024 * 1024
 BLOCK = 2 * MIB
@@ -191,7 +190,7 @@ def keys_of(pool: SimulatedPool, kind: str, ref: str) -> dict[str, str]:
 async def open_pair(
     root: Path, there: SimulatedPool | None = None, **pool: Any
 ) -> AsyncIterator[Pair]:
-    options = {"disk_size": 16 * MIB, **pool}
+    options: dict[str, Any] = {"disk_size": 16 * MIB, **pool}
     other = there or SimulatedPool(seed=77)
     async with open_house(SimulatedPool.small(**options), root) as house:
         async with trio.open_nursery() as nursery:

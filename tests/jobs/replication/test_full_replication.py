@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from proxy.xapi import ownership
+from tests.jobs.conftest import JOB, SCHEDULE
 
-from ..conftest import JOB, SCHEDULE
 from .conftest import MIB, Pair, keys_of, open_pair
 
 REASON = "Start operation for this vm is blocked, clone it if you want to use it."

@@ -10,9 +10,9 @@ import pytest
 from proxy.simulator import SimulatedPool
 from proxy.simulator.disks import DiskContent
 from proxy.xapi import ownership
+from tests.jobs.conftest import JOB, SCHEDULE
+from tests.jobs.test_incremental_backup import disk_records
 
-from ..conftest import JOB, SCHEDULE
-from ..test_incremental_backup import disk_records
 from .conftest import BLOCK, MIB, Pair, keys_of, open_pair
 
 REASON = "Start operation for this vm is blocked, clone it if you want to use it."
