@@ -46,7 +46,7 @@ class IncrementalTarget(DiskParts):
         # The oldest few, and of these the youngest first: whatever is left stays a chain.
         old = list(reversed(old if most is None else old[: int(most)]))
         if settings.delete_first:
-            await delete_old(export, self.target, old)
+            await delete_old(export, old)
         async with open_incremental_backup(
             self.target.remote, copy.vm_uuid, copy.timestamp, after=copy.newest_parent
         ) as writer:
@@ -60,7 +60,7 @@ class IncrementalTarget(DiskParts):
             await writer.commit({**copy.metadata, "tags": tags})
         copy.stored.add(self.target.id)
         if not settings.delete_first:
-            await delete_old(export, self.target, old)
+            await delete_old(export, old)
 
     async def _store(self, writer: IncrementalBackupWriter, transfer: Task, part: DiskPart) -> None:
         copy, disk = self._copy, part.disk

@@ -76,6 +76,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
+    levels.refuse_wrong()
     _refuse_unsupported(levels)
     compression = job.get("compression") or ""
     return VmJob(
@@ -96,15 +97,6 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
 def _refuse_unsupported(levels: SettingLevels) -> None:
     if levels.run.health_check_sr is not None:
         raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
-    if levels.run.distribute_backups:
-        raise Refused(
-            "distributed backups are not available yet: unset distributeBackups", code="ENOTSUP"
-        )
-    if levels.run.distribute_replications:
-        raise Refused(
-            "distributed replications are not available yet: unset distributeReplications",
-            code="ENOTSUP",
-        )
 
 
 @dataclass(frozen=True, slots=True)

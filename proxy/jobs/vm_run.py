@@ -11,6 +11,7 @@ import trio
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
+from proxy.jobs.distribution import DistributedDestination
 from proxy.jobs.opening import failed, open_remotes, open_srs
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     """The work of a job's root task.  What fails inside a VM fails that VM's task only."""
     settings = job.settings.run
-    for key in job.settings.unknown_keys():
-        root.warning(f"the setting '{key}' is not known and has no effect")
+    for sentence in job.settings.without_effect():
+        root.warning(sentence)
     async with contextlib.AsyncExitStack() as stack:
         srs = await open_srs(
             services,
@@ -53,9 +54,14 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
             seconds=settings.get_remote_timeout / 1000,
         )
         destinations: list[Destination] = [
-            *(RemoteDestination(key, remote) for key, remote in remotes.items()),
-            *srs,
+            RemoteDestination(key, remote) for key, remote in remotes.items()
         ]
+        if settings.distribute_backups and len(destinations) > 1:
+            destinations = [DistributedDestination(destinations)]
+        if settings.distribute_replications and len(srs) > 1:
+            destinations.append(DistributedDestination(srs))
+        else:
+            destinations += srs
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
@@ -80,7 +86,7 @@ class _VmRun:
             root,
             parts=len(job.vms),
             concurrency=settings.concurrency,
-            max_export_rate=settings.max_export_rate,
+            rate=settings.export_rate(),
             timeout=settings.timeout,
         )
 

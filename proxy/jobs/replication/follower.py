@@ -48,7 +48,7 @@ async def find_follower(target: SrTarget, replicas: Sequence[Replica]) -> Follow
     if vm is None:
         return "the VM of the last replica is gone"
     reason = why_not_ours(vm)
-    if keys_of(vm).get(ownership.SR) != target.id:
+    if keys_of(vm).get(ownership.SR) != target.sr_uuid:
         reason = f"{vm['name_label']} is not marked as a replica on this SR"
     if reason is not None:
         return reason

@@ -10,7 +10,7 @@ import trio
 
 from proxy.errors import Corrupt, ProxyError
 from proxy.jobs.replication import keys
-from proxy.jobs.replication.replicas import delete_replicas
+from proxy.jobs.replication.replicas import delete_replicas, time_behind
 from proxy.jobs.undo import UNDO_SECONDS, undone_on_failure
 from proxy.repository import date_name
 from proxy.runtime.background import background
@@ -37,9 +37,10 @@ async def write_full_replica(
 ) -> None:
     """See :meth:`proxy.jobs.target.Target.write_full`."""
     xapi, settings = target.xapi, target.settings
-    _, old = await target.replicas()
+    replicas, old = await target.replicas()
+    timestamp = time_behind(replicas, copy.timestamp)
     if settings.delete_first:
-        await delete_replicas(export, xapi, old)
+        await delete_replicas(export, old)
     async with undone_on_failure() as undo, export.child("transfer") as transfer:
         transfer.progress(0, copy.estimate, estimated=True)
         async with (
@@ -60,12 +61,12 @@ async def write_full_replica(
         if not made:
             raise Corrupt("the archive holds no VM: nothing was replicated")
         name = await _mark(xapi, made[0], target.marks)
-        await _dress(target, copy, made[0])
+        await _dress(target, made[0], timestamp)
         # With its name it is a replica.
         await xapi.call(
             "VM.set_name_label",
             made[0],
-            f"{name} - {target.backup.job.name} - ({date_name(copy.timestamp)})",
+            f"{name} - {target.backup.job.name} - ({date_name(timestamp)})",
         )
         copy.stored.add(target.id)
         undo.keep()
@@ -74,7 +75,7 @@ async def write_full_replica(
         transfer.complete_progress()
         transfer.result = {"size": upload.sent}
     if not settings.delete_first:
-        await delete_replicas(export, xapi, old)
+        await delete_replicas(export, old)
 
 
 @contextlib.asynccontextmanager
@@ -111,7 +112,7 @@ async def _mark(xapi: Xapi, vm_ref: str, marks: dict[str, str]) -> str:
     return vm_create.own_name(name)
 
 
-async def _dress(target: SrTarget, copy: FullCopy, vm_ref: str) -> None:
+async def _dress(target: SrTarget, vm_ref: str, timestamp: int) -> None:
     xapi = target.xapi
     await xapi.update_map("VM", vm_ref, "blocked_operations", keys.BLOCKED_OPERATIONS)
     await forget_block(xapi, vm_ref)
@@ -123,4 +124,4 @@ async def _dress(target: SrTarget, copy: FullCopy, vm_ref: str) -> None:
             await xapi.call("VM.add_tags", vm_ref, keys.HA_TAG)
     # The mark of a VM that we shut down: an export without a snapshot is of the source itself.
     gone = {ownership.SHUT_DOWN: None}
-    await ownership.set_keys(xapi, vm_ref, {**target.keys(copy.timestamp), **gone})
+    await ownership.set_keys(xapi, vm_ref, {**target.keys(timestamp), **gone})

@@ -16,7 +16,7 @@ from proxy.jobs.disk_parts import DiskParts
 from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.follower import Follower, find_follower
 from proxy.jobs.replication.replica_vm import NewDisk, ReplicaVm
-from proxy.jobs.replication.replicas import delete_replicas
+from proxy.jobs.replication.replicas import delete_replicas, time_behind
 from proxy.jobs.undo import Undo, undone_on_failure
 from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.vdi_import import import_vdi
@@ -45,6 +45,7 @@ class IncrementalReplica(DiskParts):
         self._target = target
         self._disks: list[NewDisk] = []
         self._size = 0
+        self._timestamp = copy.timestamp
 
     @property
     def id(self) -> str:
@@ -53,6 +54,7 @@ class IncrementalReplica(DiskParts):
     async def run(self, export: Task) -> None:
         target, settings = self._target, self._target.settings
         replicas, old = await target.replicas()
+        self._timestamp = time_behind(replicas, self._copy.timestamp)
         await self._tidy(replicas)
         follower = await find_follower(target, replicas)
         if isinstance(follower, Follower):
@@ -65,18 +67,18 @@ class IncrementalReplica(DiskParts):
             # The bases must live until they are cloned: at least one delta needs them.
             bases = {base.vm_ref for base in target.bases.values()}
             first = [one for one in old if one.ref not in bases]
-            await delete_replicas(export, target.xapi, first, in_use=used)
+            await delete_replicas(export, first, in_use=used)
             old = [one for one in old if one.ref in bases]
         async with undone_on_failure() as undo, export.child("transfer") as transfer:
             transfer.progress(0, self._copy.progress.total, estimated=True)
             await self.store_parts(partial(self._store, undo, transfer))
-            replica = ReplicaVm(target, self._copy, self._disks, self._size, undo)
+            replica = ReplicaVm(target, self._copy, self._disks, self._size, self._timestamp, undo)
             await replica.put_in_place(
                 transfer, follower if isinstance(follower, Follower) else None
             )
             transfer.complete_progress()
             transfer.result = {"size": self._size}
-        await delete_replicas(export, target.xapi, old, in_use={replica.ref})
+        await delete_replicas(export, old, in_use={replica.ref})
 
     async def _tidy(self, replicas: Sequence[Replica]) -> None:
         """A run that broke off when its replica was complete left its marks on it."""
@@ -129,7 +131,7 @@ class IncrementalReplica(DiskParts):
             config.pop(key, None)
         return {
             **config,
-            **self._target.keys(self._copy.timestamp),
+            **self._target.keys(self._timestamp),
             ownership.CONTENT_KEY: str(vdi["uuid"]),
             ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
         }

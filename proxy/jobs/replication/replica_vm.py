@@ -49,6 +49,7 @@ class ReplicaVm:
         copy: IncrementalCopy,
         disks: Sequence[NewDisk],
         size: int,
+        timestamp: int,
         undo: Undo,
     ) -> None:
         assert copy.metadata is not None
@@ -62,6 +63,7 @@ class ReplicaVm:
         self._disks = [disk for disk in disks if not disk.exported.is_memory]
         self._memory = next((disk for disk in disks if disk.exported.is_memory), None)
         self._size = size
+        self._timestamp = timestamp
         self._undo = undo
 
     async def put_in_place(self, transfer: Task, follower: Follower | None) -> None:
@@ -210,7 +212,7 @@ class ReplicaVm:
         for key in (*ownership.RESET_KEYS, ownership.SHUT_DOWN):
             config.pop(key, None)
         config |= {
-            **self._target.keys(self._copy.timestamp),
+            **self._target.keys(self._timestamp),
             ownership.COPY_OF: str(self._source["uuid"]),
             ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",
         }
@@ -219,7 +221,7 @@ class ReplicaVm:
             tags.append(keys.INCREMENTAL_TAG)
             if self._source.get("ha_restart_priority"):
                 tags.append(keys.HA_TAG)
-        date, size = date_name(self._copy.timestamp), _readable(self._size)
+        date, size = date_name(self._timestamp), _readable(self._size)
         description = str(self._source.get("name_description") or "")
         return {
             **self._source,
@@ -248,7 +250,7 @@ class ReplicaVm:
             own = vm_create.own_name(str(vdi["name_label"]))
             await xapi.call("VDI.set_name_label", ref, own)
         name, job = str(backup.vm["name_label"]), backup.job
-        date = date_name(self._copy.timestamp)
+        date = date_name(self._timestamp)
         await xapi.call(
             "VM.set_name_label", snapshot, f"{name} - {job.name} / {job.schedule_name} {date}"
         )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from proxy.errors import ProxyError
 from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.keys import timestamp_of
-from proxy.repository import old_entries
 from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.snapshots import TEMPORARY_NAME
 from proxy.xapi.vdi_compare import is_unchanged
@@ -32,6 +31,8 @@ Record = dict[str, Any]
 class Replica:
     """One transfer to an SR."""
 
+    xapi: Xapi
+    """Of its pool."""
     ref: str
     uuid: str
     timestamp: int
@@ -57,7 +58,7 @@ async def list_replicas(xapi: Xapi, sr_uuid: str, vm_uuid: str, schedule_id: str
             continue  # the source's own snapshot, where the SR is in the source's pool
         timestamp = timestamp_of(_date(record))
         if timestamp is not None:
-            found.append(Replica(ref, record["uuid"], timestamp, snapshot_of, record))
+            found.append(Replica(xapi, ref, record["uuid"], timestamp, snapshot_of, record))
     followers = {one.vm_ref for one in found}
     found = [one for one in found if one.ref not in followers]
     return sorted(found, key=lambda one: one.timestamp)
@@ -87,15 +88,13 @@ def _date(record: Record) -> str:
     return keys_of(record).get(ownership.DATETIME) or label[-17:-1]
 
 
-def expired(replicas: Sequence[Replica], retention: float, *, skip: bool) -> list[Replica]:
-    """Those that the new replica makes one too many; none where nothing is to be deleted."""
-    if skip:
-        return []
-    return old_entries(max(0, int(retention) - 1), replicas)
+def time_behind(replicas: Sequence[Replica], timestamp: int) -> int:
+    """``timestamp``, or later: replicas know only whole seconds, and the new one sorts last."""
+    return max([timestamp, *(replica.timestamp + 1000 for replica in replicas)])
 
 
 async def delete_replicas(
-    task: Task, xapi: Xapi, old: Sequence[Replica], *, in_use: Collection[str] = ()
+    task: Task, old: Sequence[Replica], *, in_use: Collection[str] = ()
 ) -> None:
     """Destroy replicas that are too old, the youngest first; those of VMs ``in_use`` only as
     snapshots.
@@ -106,14 +105,15 @@ async def delete_replicas(
     errors: list[ProxyError] = []
     for replica in reversed(old):
         try:
-            await _delete(task, xapi, replica, in_use)
+            await _delete(task, replica, in_use)
         except ProxyError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-async def _delete(task: Task, xapi: Xapi, replica: Replica, in_use: Collection[str]) -> None:
+async def _delete(task: Task, replica: Replica, in_use: Collection[str]) -> None:
+    xapi = replica.xapi
     record = await vms.record_or_none(xapi, "VM", replica.ref)
     if record is None:
         return
@@ -127,7 +127,7 @@ async def _delete(task: Task, xapi: Xapi, replica: Replica, in_use: Collection[s
             return
         await vms.destroy_vm(xapi, replica.ref, bypass_blocked=True)
         return
-    follower = await _left_follower(xapi, replica, in_use)
+    follower = await _left_follower(replica, in_use)
     await vms.destroy_vm(xapi, replica.ref, bypass_blocked=True)
     if follower is not None:
         await vms.destroy_vm(xapi, follower, bypass_blocked=True)
@@ -143,13 +143,13 @@ def _taken_over(record: Record) -> str | None:
     return None
 
 
-async def _left_follower(xapi: Xapi, replica: Replica, in_use: Collection[str]) -> str | None:
+async def _left_follower(replica: Replica, in_use: Collection[str]) -> str | None:
     """The VM that followed, if this is its last replica and nobody has touched it.
 
     It got a successor: a new one is made when the memory of the source is replicated too, or
     when somebody had written to the old one, and that one stays.
     """
-    vm_ref = str(replica.vm_ref)
+    xapi, vm_ref = replica.xapi, str(replica.vm_ref)
     if vm_ref in in_use:
         return None
     vm = await vms.record_or_none(xapi, "VM", vm_ref)

@@ -9,11 +9,12 @@ from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
 from proxy.jobs.replication.keys import key_date
-from proxy.jobs.replication.replicas import expired, list_replicas
+from proxy.jobs.replication.replicas import list_replicas
+from proxy.repository import old_entries
 from proxy.xapi import ownership
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.disks.disk import RandomDisk
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from proxy.jobs.disk_snapshots import DiskSnapshot
     from proxy.jobs.replication.replicas import Replica
     from proxy.jobs.settings import Settings
-    from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal
+    from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal, Target
     from proxy.jobs.vm_backup import VmBackup
     from proxy.tasks import Task
     from proxy.xapi import Xapi
@@ -58,6 +59,7 @@ class SrTarget:
         self, destination: SrDestination, task: Task, backup: VmBackup, settings: Settings
     ) -> None:
         self.id = destination.id
+        self.sr_uuid = destination.id
         self.xapi = destination.xapi
         self.sr_ref = destination.ref
         self.settings = settings
@@ -65,6 +67,7 @@ class SrTarget:
         self.bases: dict[str, ReplicaBase] = {}
         """By the uuid of the live disk."""
         self._destination = destination
+        self._neighbours: list[SrTarget] = []
         self._task = task
         prefer, default = settings.prefer_nbd, backup.defaults.prefer_nbd
         self._finder = ReplicaBases(
@@ -84,7 +87,7 @@ class SrTarget:
         """On each part of a replica: whose, of which job, and when."""
         job = self.backup.job
         return {
-            ownership.SR: self.id,
+            ownership.SR: self.sr_uuid,
             ownership.DATETIME: key_date(timestamp),
             ownership.JOB: job.id,
             ownership.SCHEDULE: job.schedule_id,
@@ -94,6 +97,13 @@ class SrTarget:
     @property
     def encodes(self) -> bool:
         return False
+
+    async def space(self) -> int | None:
+        sr = await self.xapi.record("SR", self.sr_ref)
+        return int(sr["physical_size"]) - int(sr["physical_utilisation"])
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        self._neighbours = [other for other in others if isinstance(other, SrTarget)]
 
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
@@ -111,15 +121,18 @@ class SrTarget:
     def knows_content(self) -> bool:
         return True
 
-    async def find_base(
-        self, disk: str, snapshot: DiskSnapshot, *, by_content: bool = False
-    ) -> Refusal | None:
-        self.bases.pop(disk, None)
-        found = await self._finder.find(self._task, snapshot, by_content=by_content)
-        if not isinstance(found, ReplicaBase):
-            return found
-        self.bases[disk] = found
-        return None
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
+        refused: dict[str, Refusal] = {}
+        for disk, snapshot in snapshots.items():
+            self.bases.pop(disk, None)
+            found = await self._finder.find(self._task, snapshot, by_content=by_content)
+            if isinstance(found, ReplicaBase):
+                self.bases[disk] = found
+            else:
+                refused[disk] = found
+        return refused
 
     def sorts_behind(self, disks: Collection[str]) -> str:
         return ""
@@ -132,9 +145,16 @@ class SrTarget:
         return IncrementalReplica(self, copy)
 
     async def replicas(self) -> tuple[list[Replica], list[Replica]]:
-        """All that the schedule keeps here, oldest first, and of these the ones too many."""
-        job = self.backup.job
-        found = await list_replicas(self.xapi, self.id, self.backup.uuid, job.schedule_id)
-        settings = self.settings
-        old = expired(found, settings.copy_retention, skip=settings.skip_delete_old_entries)
-        return found, old
+        """All that the schedule keeps here, oldest first; and those that are one too many,
+        counted with the neighbours'."""
+        job, settings = self.backup.job, self.settings
+        found = [
+            await list_replicas(each.xapi, each.sr_uuid, self.backup.uuid, job.schedule_id)
+            for each in (self, *self._neighbours)
+        ]
+        old: list[Replica] = []
+        if not settings.skip_delete_old_entries:
+            count = max(0, int(settings.copy_retention) - 1)
+            old = old_entries(count, [replica for some in found for replica in some])
+            old.sort(key=lambda replica: replica.timestamp)
+        return found[0], old
