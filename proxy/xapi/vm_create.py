@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 from proxy.errors import Refused, XapiError
 from proxy.formats.vhd import MAX_VIRTUAL_SIZE
 from proxy.xapi import ownership, vms
@@ -20,6 +22,7 @@ IMPORTING: Final = "Importing…"
 """Why a VM that is being made cannot be started."""
 _UNFINISHED: Final = f"[{IMPORTING}] "
 _START: Final = ("start", "start_on")
+_CLONE_SECONDS: Final = 120.0
 
 _VM_FIELDS: Final = (
     *("actions_after_crash", "actions_after_reboot", "actions_after_shutdown"),
@@ -176,15 +179,22 @@ async def clone_vdi(
     """A VDI with the content of ``base_ref`` that is otherwise as :func:`create_vdi` makes it.
 
     As large as ``record`` says, if the base is smaller.  ``made`` hears of its reference as
-    soon as it exists: what follows may fail.
+    soon as it exists: what follows may fail.  A cancel is felt when it exists.
     """
 
     async def discard(result: Any) -> None:
         await vms.destroy_vdi(xapi, str(result))
 
-    vdi_ref = str(await xapi.call_async("VDI.clone", base_ref, on_late_success=discard))
-    made(vdi_ref)
-    # The name and the marks at once: in between the clone looks like its base.
+    # Not cancelled on the host: a clone whose task was cancelled too late looks like its base,
+    # and nobody would find it.  It takes no time to speak of.
+    with trio.CancelScope(shield=True):
+        vdi_ref = str(
+            await xapi.call_async(
+                "VDI.clone", base_ref, on_late_success=discard, timeout=_CLONE_SECONDS
+            )
+        )
+        made(vdi_ref)
+    # The name and the marks at once, for the same reason.
     await xapi.call("VDI.set_name_label", vdi_ref, importing(record.get("name_label")))
     keys: Mapping[str, str] = record.get("other_config") or {}
     await xapi.call("VDI.set_other_config", vdi_ref, {**keys, **marks})

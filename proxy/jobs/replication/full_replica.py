@@ -71,7 +71,7 @@ async def write_full_replica(
         copy.stored.add(target.id)
         undo.keep()
         with undo_within("finishing the replica", UNDO_SECONDS):
-            await ownership.set_keys(xapi, made[0], dict.fromkeys(target.marks))
+            await ownership.set_keys(xapi, made[0], target.unmarked)
         transfer.complete_progress()
         transfer.result = {"size": upload.sent}
     if not settings.delete_first:

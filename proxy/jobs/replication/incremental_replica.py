@@ -10,7 +10,7 @@ from uuid import UUID
 import trio
 
 from proxy.disks.disk import block_pool
-from proxy.errors import Corrupt
+from proxy.errors import Corrupt, ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.jobs.disk_parts import DiskParts
 from proxy.jobs.job_snapshots import keys_of
@@ -55,7 +55,7 @@ class IncrementalReplica(DiskParts):
         target, settings = self._target, self._target.settings
         replicas, old = await target.replicas()
         self._timestamp = time_behind(replicas, self._copy.timestamp)
-        await self._tidy(replicas)
+        await self._tidy(export, replicas)
         follower = await find_follower(target, replicas)
         if isinstance(follower, Follower):
             used = {follower.ref}
@@ -80,15 +80,21 @@ class IncrementalReplica(DiskParts):
             transfer.result = {"size": self._size}
         await delete_replicas(export, old, in_use={replica.ref})
 
-    async def _tidy(self, replicas: Sequence[Replica]) -> None:
+    async def _tidy(self, export: Task, replicas: Sequence[Replica]) -> None:
         """A run that broke off when its replica was complete left its marks on it."""
-        backup = self._target.backup
+        target, backup = self._target, self._target.backup
         for replica in replicas:
             keys = keys_of(replica.record)
             ours = keys.get(ownership.PROXY) == backup.installation
-            if ours and not backup.is_live_run(keys.get(ownership.RUN, "")):
-                marks = dict.fromkeys(self._target.marks)
-                await ownership.set_keys(self._target.xapi, replica.ref, marks)
+            if not ours or backup.is_live_run(keys.get(ownership.RUN, "")):
+                continue
+            try:
+                await ownership.set_keys(target.xapi, replica.ref, target.unmarked)
+            except ProxyError as error:  # the replica is good all the same
+                export.warning(
+                    "a replica keeps the marks of the run that made it",
+                    {"vm": replica.uuid, "error": error.message},
+                )
 
     async def _store(self, undo: Undo, transfer: Task, part: DiskPart) -> None:
         target, exported, disk = self._target, part.exported, part.disk

@@ -241,7 +241,9 @@ class ReplicaVm:
                 ownership.COPY_OF,
                 str(disk.exported.vdi["uuid"]),
             )
-        snapshot = await take_snapshot(xapi, self.ref, bypass_chain_check=True)
+        snapshot = await take_snapshot(
+            xapi, self.ref, bypass_chain_check=True, marked=self._target.marks
+        )
         self._undo.add(
             "destroy the snapshot of the replica",
             partial(vms.destroy_vm, xapi, snapshot, bypass_blocked=True),
@@ -259,19 +261,18 @@ class ReplicaVm:
     async def _finish(self, snapshot: str, aside: Sequence[str]) -> None:
         """The transfer is kept: the VM itself is no copy of anything any more, and ready for
         the next; what it had before goes.  All is tried; the first error is raised."""
-        xapi, marks = self._xapi, tuple(self._target.marks)
-        frozen = await vms.disks(xapi, await xapi.record("VM", snapshot))
+        xapi = self._xapi
+        # The marks of the VM after those of its disks: by the former a later run finds both.
         steps: list[Callable[[], Awaitable[object]]] = [
-            *(partial(self._drop, "VDI", ref, marks) for _, ref, _ in frozen),
-            partial(self._drop, "VM", snapshot, marks),
+            partial(ownership.set_keys, xapi, snapshot, self._target.unmarked)
         ]
         for disk in self._disks:
             own = str(disk.exported.vdi["name_label"])
             steps.append(partial(xapi.call, "VDI.set_name_label", disk.ref, own))
-            steps.append(partial(self._drop, "VDI", disk.ref, ownership.RESET_KEYS))
+            steps.append(partial(self._reset, "VDI", disk.ref))
         if self._memory is not None:
-            steps.append(partial(self._drop, "VDI", self._memory.ref, ownership.RESET_KEYS))
-        steps.append(partial(self._drop, "VM", self.ref, ownership.RESET_KEYS))
+            steps.append(partial(self._reset, "VDI", self._memory.ref))
+        steps.append(partial(self._reset, "VM", self.ref))
         steps += [partial(vms.destroy_vdi, xapi, ref) for ref in aside]
         errors: list[ProxyError] = []
         for step in steps:
@@ -282,10 +283,10 @@ class ReplicaVm:
         if errors:
             raise errors[0]
 
-    async def _drop(self, cls: str, ref: str, gone: Sequence[str]) -> None:
-        """Remove keys in one call: nobody else writes to what we have just made."""
+    async def _reset(self, cls: str, ref: str) -> None:
+        """Remove the keys in one call: nobody else writes to what we have just made."""
         config: Mapping[str, str] = (await self._xapi.record(cls, ref)).get("other_config") or {}
-        kept = {key: value for key, value in config.items() if key not in gone}
+        kept = {key: value for key, value in config.items() if key not in ownership.RESET_KEYS}
         await self._xapi.call(f"{cls}.set_other_config", ref, kept)
 
 

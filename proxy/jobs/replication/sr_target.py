@@ -83,6 +83,11 @@ class SrTarget:
         """On all that is unfinished."""
         return {ownership.PROXY: self.backup.installation, ownership.RUN: self.backup.run_id}
 
+    @property
+    def unmarked(self) -> dict[str, None]:
+        """Takes them off, the one by which :data:`marks` are known last."""
+        return {ownership.RUN: None, ownership.PROXY: None}
+
     def keys(self, timestamp: float) -> dict[str, str]:
         """On each part of a replica: whose, of which job, and when."""
         job = self.backup.job

@@ -23,7 +23,7 @@ BLOCK = 2 * MIB
 
 _VOLATILE = {
     *("allowed_operations", "VBDs", "VIFs", "VTPMs", "parent", "children", "snapshots"),
-    *("metrics", "uuid", "sm_config", "physical_utilisation"),
+    *("metrics", "uuid", "sm_config", "physical_utilisation", "memory_target"),
 }
 
 
@@ -127,7 +127,7 @@ class Pair:
     async def quiet(self) -> None:
         """Assert that nothing unfinished is on the other pool."""
         with trio.move_on_after(5):
-            while self.there.transfers or self.there.connections:
+            while self.there.transfers or self.there.connections or self.there.sessions.open:
                 await trio.sleep(0.01)
         left = self.there.leftovers(connections=True)
         for key in ("importing", "dom0_vbds", "current_operations", "tasks", "transfers"):
@@ -178,6 +178,16 @@ def state(pool: SimulatedPool) -> dict[str, Any]:
         if record["managed"]
     }
     return {"vms": vms, "vdis": vdis}
+
+
+def differences(now: Any, before: Any, where: str = "") -> list[str]:
+    """Where two states differ, for the reader of a failed test."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        found = [f"{where}/{key}" for key in now.keys() ^ before.keys()]
+        for key in now.keys() & before.keys():
+            found += differences(now[key], before[key], f"{where}/{key}")
+        return found
+    return [] if now == before else [f"{where}: {now!r} was {before!r}"]
 
 
 def keys_of(pool: SimulatedPool, kind: str, ref: str) -> dict[str, str]:
