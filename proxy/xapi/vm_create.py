@@ -9,6 +9,7 @@ import trio
 from proxy.errors import Refused, XapiError
 from proxy.formats.vhd import MAX_VIRTUAL_SIZE
 from proxy.xapi import ownership, vms
+from proxy.xapi.vdi_import import RECEIVING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,11 +76,12 @@ def importing(name: object) -> str:
 
 def own_name(name: str) -> str:
     """``name`` without what :func:`importing` adds."""
-    return name.removeprefix(_UNFINISHED)
+    return name.removeprefix(RECEIVING).removeprefix(_UNFINISHED)
 
 
 def is_importing(name: object) -> bool:
-    return isinstance(name, str) and name.startswith(_UNFINISHED)
+    """Whether it is the name of something unfinished, also while a disk receives its content."""
+    return isinstance(name, str) and name.removeprefix(RECEIVING).startswith(_UNFINISHED)
 
 
 async def create_vm(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy.tasks import Task
     from proxy.xapi import Upload, Xapi
 
-_LOOKS: Final = (0.05, 0.2, 0.5, 1, 2, 5, 10, 30)
+_LOOKS: Final = (0.02, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """Seconds before each look for the VM that an import makes: its records are the first that an
 archive brings."""
 
@@ -37,7 +37,7 @@ async def write_full_replica(
 ) -> None:
     """See :meth:`proxy.jobs.target.Target.write_full`."""
     xapi, settings = target.xapi, target.settings
-    replicas, old = await target.replicas()
+    replicas, old = await target.replicas(export)
     timestamp = time_behind(replicas, copy.timestamp)
     if settings.delete_first:
         await delete_replicas(export, old)

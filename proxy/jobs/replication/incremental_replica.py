@@ -10,10 +10,9 @@ from uuid import UUID
 import trio
 
 from proxy.disks.disk import block_pool
-from proxy.errors import Corrupt, ProxyError
+from proxy.errors import Corrupt
 from proxy.formats.vhd import BLOCK_SIZE
 from proxy.jobs.disk_parts import DiskParts
-from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.follower import Follower, find_follower
 from proxy.jobs.replication.replica_vm import NewDisk, ReplicaVm
 from proxy.jobs.replication.replicas import delete_replicas, time_behind
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from proxy.disks.disk import Block, BlockReader, Disk
     from proxy.jobs.disk_copying import DiskConsumer
-    from proxy.jobs.replication.replicas import Replica
     from proxy.jobs.replication.sr_target import SrTarget
     from proxy.jobs.target import DiskPart, IncrementalCopy
     from proxy.runtime.buffers import BufferPool
@@ -53,9 +51,8 @@ class IncrementalReplica(DiskParts):
 
     async def run(self, export: Task) -> None:
         target, settings = self._target, self._target.settings
-        replicas, old = await target.replicas()
+        replicas, old = await target.replicas(export)
         self._timestamp = time_behind(replicas, self._copy.timestamp)
-        await self._tidy(export, replicas)
         follower = await find_follower(target, replicas)
         if isinstance(follower, Follower):
             used = {follower.ref}
@@ -79,22 +76,6 @@ class IncrementalReplica(DiskParts):
             transfer.complete_progress()
             transfer.result = {"size": self._size}
         await delete_replicas(export, old, in_use={replica.ref})
-
-    async def _tidy(self, export: Task, replicas: Sequence[Replica]) -> None:
-        """A run that broke off when its replica was complete left its marks on it."""
-        target, backup = self._target, self._target.backup
-        for replica in replicas:
-            keys = keys_of(replica.record)
-            ours = keys.get(ownership.PROXY) == backup.installation
-            if not ours or backup.is_live_run(keys.get(ownership.RUN, "")):
-                continue
-            try:
-                await ownership.set_keys(target.xapi, replica.ref, target.unmarked)
-            except ProxyError as error:  # the replica is good all the same
-                export.warning(
-                    "a replica keeps the marks of the run that made it",
-                    {"vm": replica.uuid, "error": error.message},
-                )
 
     async def _store(self, undo: Undo, transfer: Task, part: DiskPart) -> None:
         target, exported, disk = self._target, part.exported, part.disk

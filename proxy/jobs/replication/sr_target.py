@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from proxy.errors import ProxyError
+from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
@@ -149,7 +151,7 @@ class SrTarget:
     def incremental(self, copy: IncrementalCopy) -> IncrementalReplica:
         return IncrementalReplica(self, copy)
 
-    async def replicas(self) -> tuple[list[Replica], list[Replica]]:
+    async def replicas(self, export: Task) -> tuple[list[Replica], list[Replica]]:
         """All that the schedule keeps here, oldest first; and those that are one too many,
         counted with the neighbours'."""
         job, settings = self.backup.job, self.settings
@@ -157,9 +159,25 @@ class SrTarget:
             await list_replicas(each.xapi, each.sr_uuid, self.backup.uuid, job.schedule_id)
             for each in (self, *self._neighbours)
         ]
+        for replica in found[0]:
+            await self._tidy(export, replica)
         old: list[Replica] = []
         if not settings.skip_delete_old_entries:
             count = max(0, int(settings.copy_retention) - 1)
             old = old_entries(count, [replica for some in found for replica in some])
             old.sort(key=lambda replica: replica.timestamp)
         return found[0], old
+
+    async def _tidy(self, export: Task, replica: Replica) -> None:
+        """A run that broke off when its replica was complete left its marks on it."""
+        keys = keys_of(replica.record)
+        ours = keys.get(ownership.PROXY) == self.backup.installation
+        if not ours or self.backup.is_live_run(keys.get(ownership.RUN, "")):
+            return
+        try:
+            await ownership.set_keys(self.xapi, replica.ref, self.unmarked)
+        except ProxyError as error:  # the replica is good all the same
+            export.warning(
+                "a replica keeps the marks of the run that made it",
+                {"vm": replica.uuid, "error": error.message},
+            )
