@@ -60,17 +60,33 @@ class VmBackup:
         return str(self.vm["uuid"])
 
 
-def refuse_vm(backup: VmBackup) -> None:
+async def refuse_vm(backup: VmBackup) -> None:
     """Raise for a VM that must not be backed up; no attempt changes that."""
     vm = backup.vm
-    if vm.get("other_config", {}).get(ownership.JOB) == backup.job.id and "start" in vm.get(
-        "blocked_operations", {}
-    ):
+    if await _is_replica_of_this_job(backup):
         raise Refused("cannot backup a VM created by this very job", code="EREPLICA")
     operations = set(vm.get("current_operations", {}).values())
     if operations & {"migrate_send", "pool_migrate"}:
         raise Refused("cannot backup a VM currently being migrated", code="EMIGRATING")
     refuse_contradictions(backup.settings)
+
+
+async def _is_replica_of_this_job(backup: VmBackup) -> bool:
+    """A replica that follows its source has the job's keys on its snapshots only."""
+    vm, xapi, job_id = backup.vm, backup.xapi, backup.job.id
+    keys: dict[str, str] = vm.get("other_config") or {}
+    if "start" not in (vm.get("blocked_operations") or {}):
+        return False
+    if keys.get(ownership.JOB) == job_id:
+        return True
+    if ownership.SR not in keys:
+        return False
+    for ref in vm.get("snapshots") or []:
+        snapshot = await vms.record_or_none(xapi, "VM", ref)
+        theirs: dict[str, str] = {} if snapshot is None else snapshot.get("other_config") or {}
+        if theirs.get(ownership.JOB) == job_id and theirs.get(ownership.VM) != backup.uuid:
+            return True
+    return False
 
 
 @contextlib.asynccontextmanager

@@ -137,7 +137,7 @@ class _VmRun:
         """Try, and try again at once for the targets that have no backup yet."""
         wanted = self._wanted(vm, settings)
         backup = self._vm_backup(xapi, ref, vm, settings)
-        refuse_vm(backup)
+        await refuse_vm(backup)
         if await start_left_off(task, backup):
             backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
 

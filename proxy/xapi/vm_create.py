@@ -189,6 +189,7 @@ async def clone_vdi(
 
     # Not cancelled on the host: a clone whose task was cancelled too late looks like its base,
     # and nobody would find it.  It takes no time to speak of.
+    vdi_ref = ""
     with trio.CancelScope(shield=True):
         vdi_ref = str(
             await xapi.call_async(

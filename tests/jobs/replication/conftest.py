@@ -180,14 +180,16 @@ def state(pool: SimulatedPool) -> dict[str, Any]:
     return {"vms": vms, "vdis": vdis}
 
 
-def differences(now: Any, before: Any, where: str = "") -> list[str]:
+def differences(now: dict[str, Any], before: dict[str, Any], where: str = "") -> list[str]:
     """Where two states differ, for the reader of a failed test."""
-    if isinstance(now, dict) and isinstance(before, dict):
-        found = [f"{where}/{key}" for key in now.keys() ^ before.keys()]
-        for key in now.keys() & before.keys():
-            found += differences(now[key], before[key], f"{where}/{key}")
-        return found
-    return [] if now == before else [f"{where}: {now!r} was {before!r}"]
+    found = [f"{where}/{key}" for key in now.keys() ^ before.keys()]
+    for key in now.keys() & before.keys():
+        new, old = now[key], before[key]
+        if isinstance(new, dict) and isinstance(old, dict):
+            found += differences(new, old, f"{where}/{key}")
+        elif new != old:
+            found.append(f"{where}/{key}: {new!r} was {old!r}")
+    return found
 
 
 def keys_of(pool: SimulatedPool, kind: str, ref: str) -> dict[str, str]:
