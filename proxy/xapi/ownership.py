@@ -54,6 +54,21 @@ RESET_KEYS: Final = (
 """What a live VM must not carry: the target SR of a replica is not among them."""
 
 
+_OF_XEN_ORCHESTRA: Final = frozenset({*RESET_KEYS, SR} - {PROXY, RUN})
+_OURS: Final = "xo:backup:"
+
+
+def is_of_intervention(key: str) -> bool:
+    """Whether a key says what was being done to a VM, which is not true of a copy of it."""
+    return key.startswith(_OURS) and key not in _OF_XEN_ORCHESTRA | {PROXY, RUN}
+
+
+def without_keys(config: Mapping[str, str]) -> dict[str, str]:
+    """``other_config`` without anything that tells of backups: what a copy begins with."""
+    gone = (COPY_OF, BASE_DELTA_VDI)
+    return {k: v for k, v in config.items() if not k.startswith(_OURS) and k not in gone}
+
+
 async def set_keys(xapi: Xapi, vm_ref: str, keys: Mapping[str, str | None]) -> None:
     """Write ``keys`` (``None``: remove) on a VM and on each of its disks.
 

@@ -222,7 +222,7 @@ async def _takes_qcow2(xapi: Xapi, sr_ref: str) -> bool:
     return preferred is None or "qcow2" in preferred
 
 
-_VBD_FIELDS: Final = (
+VBD_FIELDS: Final = (
     *("bootable", "mode", "other_config", "qos_algorithm_params", "qos_algorithm_type"),
     *("type", "unpluggable", "userdevice"),
 )
@@ -230,7 +230,7 @@ _VBD_FIELDS: Final = (
 
 async def create_vbd(xapi: Xapi, record: Mapping[str, Any], vm_ref: str, vdi_ref: str) -> str:
     """The drive by which the VM has a disk, at the place it had."""
-    fields = {name: record[name] for name in _VBD_FIELDS if name in record}
+    fields = {name: record[name] for name in VBD_FIELDS if name in record}
     if not fields.get("userdevice"):
         free = await xapi.call("VM.get_allowed_VBD_devices", vm_ref)
         # 3 is where a CD drive is expected
@@ -243,7 +243,7 @@ async def create_vbd(xapi: Xapi, record: Mapping[str, Any], vm_ref: str, vdi_ref
     )
 
 
-_VIF_FIELDS: Final = (
+VIF_FIELDS: Final = (
     *("device", "ipv4_allowed", "ipv6_allowed", "locking_mode", "MAC", "MTU"),
     *("other_config", "qos_algorithm_params", "qos_algorithm_type"),
 )
@@ -294,7 +294,7 @@ async def create_vif(
     network = networks.match(record)
     if network is None:
         return None
-    fields = {name: record[name] for name in _VIF_FIELDS if name in record}
+    fields = {name: record[name] for name in VIF_FIELDS if name in record}
     if new_mac_address:
         fields["MAC"] = ""
     if not fields.get("device"):

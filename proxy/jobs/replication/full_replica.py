@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -68,6 +68,7 @@ async def write_full_replica(
             made[0],
             f"{name} - {target.backup.job.name} - ({date_name(timestamp)})",
         )
+        target.replica = made[0]
         copy.stored.add(target.id)
         undo.keep()
         with undo_within("finishing the replica", UNDO_SECONDS):
@@ -118,10 +119,11 @@ async def _dress(target: SrTarget, vm_ref: str, timestamp: int) -> None:
     await forget_block(xapi, vm_ref)
     if not target.settings.warm_migration:
         await xapi.call("VM.add_tags", vm_ref, keys.FULL_TAG)
-        vm: dict[str, Any] = await xapi.record("VM", vm_ref)
+        vm = await xapi.record("VM", vm_ref)
         if vm.get("ha_restart_priority"):
             await xapi.call("VM.set_ha_restart_priority", vm_ref, "")
             await xapi.call("VM.add_tags", vm_ref, keys.HA_TAG)
-    # The mark of a VM that we shut down: an export without a snapshot is of the source itself.
-    gone = {ownership.SHUT_DOWN: None}
-    await ownership.set_keys(xapi, vm_ref, {**target.keys(timestamp), **gone})
+    vm = await xapi.record("VM", vm_ref)
+    # What was being done to the source itself, which an export without a snapshot is of.
+    done = dict.fromkeys(key for key in vm["other_config"] if ownership.is_of_intervention(key))
+    await ownership.set_keys(xapi, vm_ref, {**target.keys(timestamp), **done})

@@ -113,11 +113,8 @@ class IncrementalReplica(DiskParts):
 
     def _keys(self, vdi: dict[str, Any]) -> dict[str, str]:
         """What the source's disk has, with our keys in the place of those of its backups."""
-        config: dict[str, str] = {**(vdi.get("other_config") or {})}
-        for key in (*ownership.RESET_KEYS, ownership.BASE_DELTA_VDI):
-            config.pop(key, None)
         return {
-            **config,
+            **ownership.without_keys(vdi.get("other_config") or {}),
             **self._target.keys(self._timestamp),
             ownership.CONTENT_KEY: str(vdi["uuid"]),
             ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",

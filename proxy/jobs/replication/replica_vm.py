@@ -85,6 +85,7 @@ class ReplicaVm:
                 name = str(self._source["name_label"])
                 # With its name it is a replica: until then it goes, with its snapshot.
                 await self._xapi.call("VM.set_name_label", self.ref, name)
+            self._target.replica = self.ref
             self._copy.stored.add(self._target.id)
             self._undo.keep()
             with undo_within("finishing the replica", UNDO_SECONDS):
@@ -208,10 +209,8 @@ class ReplicaVm:
 
     def _fields(self) -> Record:
         """The record of the source's snapshot as the replica is to have it."""
-        config: dict[str, str] = {**(self._source.get("other_config") or {})}
-        for key in (*ownership.RESET_KEYS, ownership.SHUT_DOWN):
-            config.pop(key, None)
-        config |= {
+        config = {
+            **ownership.without_keys(self._source.get("other_config") or {}),
             **self._target.keys(self._timestamp),
             ownership.COPY_OF: str(self._source["uuid"]),
             ownership.INCLUDE_NON_NBD_QCOW2_FIX: "true",

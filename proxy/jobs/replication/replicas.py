@@ -39,11 +39,14 @@ class Replica:
     """Milliseconds."""
     vm_ref: str | None
     """The VM that follows, of which this is a snapshot; ``None``: it is a VM itself."""
+    schedule_id: str
     record: Record
 
 
-async def list_replicas(xapi: Xapi, sr_uuid: str, vm_uuid: str, schedule_id: str) -> list[Replica]:
-    """What ``schedule_id`` keeps of the VM on the SR, oldest first.
+async def list_replicas(
+    xapi: Xapi, sr_uuid: str, vm_uuid: str, job_id: str, schedule_id: str
+) -> list[Replica]:
+    """What the job keeps of the VM on the SR, oldest first: all schedules have one follower.
 
     Read from the pool now.  What is unfinished, or of which the time cannot be told, is not
     listed.
@@ -51,25 +54,32 @@ async def list_replicas(xapi: Xapi, sr_uuid: str, vm_uuid: str, schedule_id: str
     records: dict[str, Record] = await xapi.call("VM.get_all_records")
     found: list[Replica] = []
     for ref, record in records.items():
-        if not _is_replica(record, sr_uuid, vm_uuid, schedule_id):
+        keys = keys_of(record)
+        # in older days the key of the job held the schedule
+        ids = (keys.get(ownership.SCHEDULE), keys.get(ownership.JOB))
+        if schedule_id not in ids and job_id not in ids:
+            continue
+        if not _is_replica(record, sr_uuid, vm_uuid):
             continue
         snapshot_of = str(record.get("snapshot_of")) if record.get("is_a_snapshot") else None
         if snapshot_of in records and records[snapshot_of]["uuid"] == vm_uuid:
             continue  # the source's own snapshot, where the SR is in the source's pool
         timestamp = timestamp_of(_date(record))
         if timestamp is not None:
-            found.append(Replica(xapi, ref, record["uuid"], timestamp, snapshot_of, record))
+            schedule = schedule_id if schedule_id in ids else str(ids[0] or "")
+            found.append(
+                Replica(xapi, ref, record["uuid"], timestamp, snapshot_of, schedule, record)
+            )
     followers = {one.vm_ref for one in found}
     found = [one for one in found if one.ref not in followers]
     return sorted(found, key=lambda one: one.timestamp)
 
 
-def _is_replica(record: Record, sr_uuid: str, vm_uuid: str, schedule_id: str) -> bool:
+def _is_replica(record: Record, sr_uuid: str, vm_uuid: str) -> bool:
     keys = keys_of(record)
     return (
         not record.get("is_a_template")
         and not record.get("is_control_domain")
-        and schedule_id in (keys.get(ownership.SCHEDULE), keys.get(ownership.JOB))
         and keys.get(ownership.SR) == sr_uuid
         and keys.get(ownership.VM) == vm_uuid
         and (bool(record.get("is_a_snapshot")) or is_blocked(record))

@@ -68,6 +68,8 @@ class SrTarget:
         self.backup = backup
         self.bases: dict[str, ReplicaBase] = {}
         """By the uuid of the live disk."""
+        self.replica = ""
+        """Reference of the VM, once the target is among those stored."""
         self._destination = destination
         self._neighbours: list[SrTarget] = []
         self._task = task
@@ -152,11 +154,11 @@ class SrTarget:
         return IncrementalReplica(self, copy)
 
     async def replicas(self, export: Task) -> tuple[list[Replica], list[Replica]]:
-        """All that the schedule keeps here, oldest first; and those that are one too many,
-        counted with the neighbours'."""
+        """All that the job keeps here, oldest first; and those of its schedule that are one too
+        many, counted with the neighbours'."""
         job, settings = self.backup.job, self.settings
         found = [
-            await list_replicas(each.xapi, each.sr_uuid, self.backup.uuid, job.schedule_id)
+            await list_replicas(each.xapi, each.sr_uuid, self.backup.uuid, job.id, job.schedule_id)
             for each in (self, *self._neighbours)
         ]
         for replica in found[0]:
@@ -164,7 +166,8 @@ class SrTarget:
         old: list[Replica] = []
         if not settings.skip_delete_old_entries:
             count = max(0, int(settings.copy_retention) - 1)
-            old = old_entries(count, [replica for some in found for replica in some])
+            ours = [one for some in found for one in some if one.schedule_id == job.schedule_id]
+            old = old_entries(count, ours)
             old.sort(key=lambda replica: replica.timestamp)
         return found[0], old
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -186,7 +186,9 @@ def differences(now: dict[str, Any], before: dict[str, Any], where: str = "") ->
     for key in now.keys() & before.keys():
         new, old = now[key], before[key]
         if isinstance(new, dict) and isinstance(old, dict):
-            found += differences(new, old, f"{where}/{key}")
+            found += differences(
+                cast("dict[str, Any]", new), cast("dict[str, Any]", old), f"{where}/{key}"
+            )
         elif new != old:
             found.append(f"{where}/{key}: {new!r} was {old!r}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,23 @@ async def test_a_lost_base_makes_a_whole_transfer_to_the_same_vm(pair: Pair) -> 
     outcome = await pair.good()
     assert (got(outcome), pair.vms()) == (["full"], [ref])
     assert [pair.digests(each) for each in pair.replicas()] == [pair.live()] * 2
+
+
+async def test_schedules_share_the_vm_and_count_for_themselves(pair: Pair) -> None:
+    for number in range(3):
+        for name in ("daily", "weekly"):
+            pair.change(number, number + 1)
+            request = pair.request(settings={"copyRetention": 2})
+            schedule = {"id": name, "name": name}
+            request = replace(request, schedule=schedule)
+            settings = {**request.job["settings"], name: request.job["settings"][SCHEDULE]}
+            request = replace(request, job={**request.job, "settings": settings})
+            outcome = await pair.house.run(request)
+            assert outcome.status == "success", outcome.snapshot
+            assert got(outcome) == ["full" if (number, name) == (0, "daily") else "delta"]
+    assert len(pair.vms()) == 1
+    schedules = [keys_of(pair.there, "VM", ref)[ownership.SCHEDULE] for ref in pair.replicas()]
+    assert schedules == ["daily", "weekly"] * 2
 
 
 # -- what users do with replicas ------------------------------------------------------------
