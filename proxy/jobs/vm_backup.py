@@ -81,7 +81,8 @@ async def _is_replica_of_this_job(backup: VmBackup) -> bool:
         return True
     if ownership.SR not in keys:
         return False
-    for ref in vm.get("snapshots") or []:
+    refs: list[str] = vm.get("snapshots") or []
+    for ref in refs:
         snapshot = await vms.record_or_none(xapi, "VM", ref)
         theirs: dict[str, str] = {} if snapshot is None else snapshot.get("other_config") or {}
         if theirs.get(ownership.JOB) == job_id and theirs.get(ownership.VM) != backup.uuid:
