@@ -66,7 +66,9 @@ async def list_replicas(
             continue  # the source's own snapshot, where the SR is in the source's pool
         timestamp = timestamp_of(_date(record))
         if timestamp is not None:
-            schedule = schedule_id if schedule_id in ids else str(ids[0] or "")
+            schedule = str(ids[0] or "")
+            if schedule_id in ids:
+                schedule = schedule_id
             found.append(
                 Replica(xapi, ref, record["uuid"], timestamp, snapshot_of, schedule, record)
             )

@@ -25,7 +25,7 @@ async def die_at(pair: Pair, stage: Stage, **how: object) -> None:
     task = pair.start(**how)
     with trio.fail_after(20):
         await gate.reached()
-        await trio.sleep(0.2)  # what goes on beside it
+        await trio.sleep(0.05)  # what goes on beside it
         await lock_out(pair.there)
         task.cancel()
         pair.there.gates.release_all()
