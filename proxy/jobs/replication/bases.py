@@ -13,6 +13,7 @@ from proxy.jobs.replication.keys import timestamp_of
 from proxy.jobs.replication.replicas import is_blocked
 from proxy.jobs.target import Refusal
 from proxy.xapi import ownership, vm_create, vms
+from proxy.xapi.snapshots import TEMPORARY_NAME
 from proxy.xapi.vdi_export import ExportOptions, export_vdi
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ def _is_whole(vdi: Record) -> bool:
     return (
         bool(vdi.get("managed", True))
         and vdi.get("type") != "cbt_metadata"
+        and vdi.get("name_label") != TEMPORARY_NAME
         and not vm_create.is_importing(vdi.get("name_label"))
     )
 

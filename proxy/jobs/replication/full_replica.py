@@ -40,7 +40,7 @@ async def write_full_replica(
     replicas, old = await target.replicas(export)
     timestamp = time_behind(replicas, copy.timestamp)
     if settings.delete_first:
-        await delete_replicas(export, old)
+        await delete_replicas(export, old, marks=target.marks)
     async with undone_on_failure() as undo, export.child("transfer") as transfer:
         transfer.progress(0, copy.estimate, estimated=True)
         async with (
@@ -76,7 +76,7 @@ async def write_full_replica(
         transfer.complete_progress()
         transfer.result = {"size": upload.sent}
     if not settings.delete_first:
-        await delete_replicas(export, old)
+        await delete_replicas(export, old, marks=target.marks)
 
 
 @contextlib.asynccontextmanager

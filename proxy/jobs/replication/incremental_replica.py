@@ -64,7 +64,7 @@ class IncrementalReplica(DiskParts):
             # The bases must live until they are cloned: at least one delta needs them.
             bases = {base.vm_ref for base in target.bases.values()}
             first = [one for one in old if one.ref not in bases]
-            await delete_replicas(export, first, in_use=used)
+            await delete_replicas(export, first, marks=target.marks, in_use=used)
             old = [one for one in old if one.ref in bases]
         async with undone_on_failure() as undo, export.child("transfer") as transfer:
             transfer.progress(0, self._copy.progress.total, estimated=True)
@@ -75,7 +75,7 @@ class IncrementalReplica(DiskParts):
             )
             transfer.complete_progress()
             transfer.result = {"size": self._size}
-        await delete_replicas(export, old, in_use={replica.ref})
+        await delete_replicas(export, old, marks=target.marks, in_use={replica.ref})
 
     async def _store(self, undo: Undo, transfer: Task, part: DiskPart) -> None:
         target, exported, disk = self._target, part.exported, part.disk

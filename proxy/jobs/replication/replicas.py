@@ -55,9 +55,10 @@ async def list_replicas(
     found: list[Replica] = []
     for ref, record in records.items():
         keys = keys_of(record)
-        # in older days the key of the job held the schedule
-        ids = (keys.get(ownership.SCHEDULE), keys.get(ownership.JOB))
-        if schedule_id not in ids and job_id not in ids:
+        schedule, job = keys.get(ownership.SCHEDULE, ""), keys.get(ownership.JOB, "")
+        if job == schedule_id:
+            schedule = schedule_id  # so it was in older days
+        if schedule != schedule_id and job != job_id:
             continue
         if not _is_replica(record, sr_uuid, vm_uuid):
             continue
@@ -66,9 +67,6 @@ async def list_replicas(
             continue  # the source's own snapshot, where the SR is in the source's pool
         timestamp = timestamp_of(_date(record))
         if timestamp is not None:
-            schedule = str(ids[0] or "")
-            if schedule_id in ids:
-                schedule = schedule_id
             found.append(
                 Replica(xapi, ref, record["uuid"], timestamp, snapshot_of, schedule, record)
             )
@@ -106,25 +104,32 @@ def time_behind(replicas: Sequence[Replica], timestamp: int) -> int:
 
 
 async def delete_replicas(
-    task: Task, old: Sequence[Replica], *, in_use: Collection[str] = ()
+    task: Task,
+    old: Sequence[Replica],
+    *,
+    marks: Mapping[str, str],
+    in_use: Collection[str] = (),
 ) -> None:
     """Destroy replicas that are too old, the youngest first; those of VMs ``in_use`` only as
     snapshots.
 
     One that somebody has taken over since it was listed stays, with a warning.  All are
-    tried; the first error is raised.  Can be run again after a failure or a cancel.
+    tried; the first error is raised.  Can be run again after a failure or a cancel.  Disks
+    that outlive their VM get ``marks``, for the next sweep.
     """
     errors: list[ProxyError] = []
     for replica in reversed(old):
         try:
-            await _delete(task, replica, in_use)
+            await _delete(task, replica, marks, in_use)
         except ProxyError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-async def _delete(task: Task, replica: Replica, in_use: Collection[str]) -> None:
+async def _delete(
+    task: Task, replica: Replica, marks: Mapping[str, str], in_use: Collection[str]
+) -> None:
     xapi = replica.xapi
     record = await vms.record_or_none(xapi, "VM", replica.ref)
     if record is None:
@@ -137,12 +142,31 @@ async def _delete(task: Task, replica: Replica, in_use: Collection[str]) -> None
                 {"vm": record["uuid"], "name": record["name_label"], "reason": taken},
             )
             return
-        await vms.destroy_vm(xapi, replica.ref, bypass_blocked=True)
+        await _destroy(xapi, replica.ref, record, marks)
         return
     follower = await _left_follower(replica, in_use)
-    await vms.destroy_vm(xapi, replica.ref, bypass_blocked=True)
+    await _destroy(xapi, replica.ref, record, marks)
     if follower is not None:
-        await vms.destroy_vm(xapi, follower, bypass_blocked=True)
+        await _destroy(xapi, follower, await xapi.record("VM", follower), marks)
+
+
+async def _destroy(xapi: Xapi, ref: str, record: Record, marks: Mapping[str, str]) -> None:
+    disks = await vms.disks(xapi, record)
+    try:
+        await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+    except ProxyError:
+        if await vms.record_or_none(xapi, "VM", ref) is None:
+            for _, vdi_ref, vdi in disks:
+                await _condemn(xapi, vdi_ref, vdi, marks)
+        raise
+
+
+async def _condemn(xapi: Xapi, ref: str, vdi: Record, marks: Mapping[str, str]) -> None:
+    """Make a disk that nobody has any more known as unfinished: nobody would find it."""
+    if await vms.record_or_none(xapi, "VDI", ref) is None:
+        return
+    await xapi.call("VDI.set_other_config", ref, {**keys_of(vdi), **marks})
+    await xapi.call("VDI.set_name_label", ref, TEMPORARY_NAME)
 
 
 def _taken_over(record: Record) -> str | None:

@@ -112,3 +112,13 @@ async def test_weakness_6_replicas_are_distributed_also_by_the_second_run(
             assert len(pair.vms()) == 2, "retention counts over all SRs"
             assert pair.live() in [pair.digests(ref) for ref in pair.vms()]
         await pair.quiet()
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_vm_without_disks(tmp_path: Path, mode: str) -> None:
+    async with open_pair(tmp_path, disks_per_vm=0) as pair:
+        for _ in range(2):
+            await pair.good(mode=mode)
+        assert len(pair.vms()) == (2 if mode == "full" else 1)
+        assert len(pair.replicas()) == (0 if mode == "full" else 2)
+        await pair.quiet()

@@ -93,7 +93,6 @@ async def test_weakness_14_every_call_may_fail(tmp_path: Path, mode: str) -> Non
         assert len(points) >= len(CREATE)
         # what can fail behind the commit: tidying up, which the next run makes good
         assert 0 < len(kept) < len(points) / 2, kept
-        print(len(points), kept)
         if mode == "update":
             pair.change(0, 99)
             outcome = await pair.good(settings=settings)
@@ -207,6 +206,26 @@ async def test_an_undo_that_fails_is_told_and_made_good_by_the_next_run(tmp_path
         assert pair.digests(ref) == pair.live()
         await pair.quiet()
         assert len([1 for _, vdi in pair.there.store.all("VDI") if vdi["managed"]]) == 3
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_disk_of_an_old_replica_that_cannot_be_destroyed_goes_later(
+    tmp_path: Path, mode: str
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        settings = {"copyRetention": 1}
+        await pair.good(mode=mode, settings=settings)
+        old = pair.replicas()[0] if mode == "delta" else pair.vms()[0]
+        (left,) = pair.there.vms.disks(old)
+        nth = 2 if mode == "delta" else 1  # the first is the disk that was put aside
+        pair.there.fail("VDI.destroy", nth=nth, error=("SR_BACKEND_FAILURE_80", "no"))
+        outcome = await pair.run(mode=mode, settings=settings)
+        assert outcome.status == "failure"
+        assert pair.there.store.find("VM", old) is None
+        assert pair.there.store.find("VDI", left) is not None
+        await pair.good(mode=mode, settings=settings)
+        assert pair.there.store.find("VDI", left) is None
+        await pair.quiet()
 
 
 def test_the_pools_of_these_tests_differ() -> None:
