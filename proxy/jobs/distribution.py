@@ -164,7 +164,14 @@ class DistributedTarget:
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await self._use().write_full(export, copy, consumer)
 
-    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+    @property
+    def knows_content(self) -> bool:
+        """What another job brought to one of many says nothing about where a chain is."""
+        return False
+
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
         """The member that has most of them is chosen; where none has any, the choice stands."""
         refused: Mapping[str, Refusal] = {}
         fewest = len(snapshots)

@@ -201,7 +201,13 @@ class RemoteTarget:
 
     # -- incremental backups -----------------------------------------------------------------
 
-    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+    @property
+    def knows_content(self) -> bool:
+        return False
+
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
         """An error of the storage is a refusal too, with the error as evidence: the full backup
         that follows will tell it.  So is what is known to be damaged."""
         damaged = await self._damage.all()

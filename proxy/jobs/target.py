@@ -91,11 +91,19 @@ class Target(Protocol):
         """
         ...
 
-    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+    @property
+    def knows_content(self) -> bool:
+        """Whether :meth:`find_bases` can look ``by_content``."""
+        ...
+
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
         """Of which live disks (uuids) no delta since their snapshot can be stored here.
 
         The target remembers what it found for the others, for the deltas that may come; that
-        they may come does not mean that they will.
+        they may come does not mean that they will.  With ``by_content`` whoever brought the
+        content of a snapshot here will do; otherwise only this job.
         """
         ...
 

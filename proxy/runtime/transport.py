@@ -309,6 +309,17 @@ class Connection:
                     sock.send(farewell)
             sock.close()
 
+    def send_eof(self) -> None:
+        """Say that nothing more will be sent; what was sent still arrives, and so do answers."""
+        sock = self._socket
+        if sock is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(sock, ssl.SSLSocket):
+                sock.unwrap()  # sends the alert and does not wait for the peer's
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+
     def _broken(self, error: OSError) -> ProxyError:
         return connect_error(error, self.peer)
 

@@ -233,7 +233,7 @@ async def test_a_remote_without_the_base_makes_the_disk_full_for_all(tmp_path: P
         outcome = await house.run(house.request(mode="delta", remotes=("remote1", "remote2")))
         (record,) = disk_records(outcome)
         assert (record["got"], record["reason"]) == ("full", "NO_BACKUP")
-        assert record["evidence"]["remote"] == "remote2"
+        assert record["evidence"]["target"] == "remote2"
 
 
 async def test_a_host_that_cannot_compute_the_difference_sends_everything(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> 
         ({"type": "call"}, "No runner for the backup type call"),
         ({"type": None}, "No runner for the backup type undefined"),
         ({"mode": "sideways"}, "Job mode sideways not implemented"),
-        ({"srs": {"id": "sr"}}, "replication to SRs is not available yet"),
+        ({"srs": {"type": "nfs"}}, "invalid pattern"),
         ({"remotes": {"type": "nfs"}}, "invalid pattern"),
         ({"settings": {"": {"healthCheckTimeout": "soon"}}}, "healthCheckTimeout"),
         ({"settings": {"": {"concurrency": "many"}}}, "concurrency"),
