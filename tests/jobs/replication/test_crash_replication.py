@@ -46,15 +46,11 @@ async def lock_out(pool: SimulatedPool) -> None:
 
 
 UPDATE: list[Stage] = [
-    ("VDI.set_other_config", {"stage": "after"}),
     ("/import_raw_vdi", {"at_bytes": MIB}),
     ("VDI.set_other_config", {"nth": 2, "stage": "after"}),
     ("VBD.destroy", {"stage": "after"}),
-    ("VIF.destroy", {"stage": "after"}),
-    ("VBD.create", {}),
     ("VBD.create", {"stage": "after"}),
     ("VM.snapshot", {"stage": "after"}),
-    ("VM.set_name_label", {}),
     ("VM.set_name_label", {"stage": "after"}),
     ("VDI.remove_from_other_config", {}),
     ("VDI.destroy", {}),
