@@ -14,7 +14,7 @@ from proxy.runtime.background import background
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from proxy.disks.disk import Disk
     from proxy.disks.writing import DiskWriter
@@ -55,10 +55,18 @@ class DiskConsumer(Lane[Block]):
 class DiskFanOut:
     """Reads ``disk`` once.  Consumers are made before :meth:`run`.
 
-    ``capacity`` is the number of buffers of the pool that it will run with.
+    ``capacity`` is the number of buffers of the pool that it will run with.  ``confirm`` is asked
+    after the last block, before any consumer hears of the end: what it raises is the disk's error.
+    It gets the checksums of all blocks, ``None`` when there are too many.
     """
 
-    def __init__(self, disk: Disk, capacity: int, rate: RateLimit | None) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        capacity: int,
+        rate: RateLimit | None,
+        confirm: Callable[[BlockSums | None], Awaitable[None]] | None = None,
+    ) -> None:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
@@ -66,6 +74,7 @@ class DiskFanOut:
         """Of the blocks that have passed."""
         self._capacity = capacity
         self._rate = rate
+        self._confirm = confirm
         self._hasher = None if self.sums is None else _Hasher(self.sums, capacity)
         self._made: list[DiskConsumer] = []
         self._consumers: list[DiskConsumer] = []
@@ -95,6 +104,8 @@ class DiskFanOut:
                 await self._pump(pool)
                 if self._hasher is not None:
                     await self._hasher.finish()
+            if self._confirm is not None:
+                await self._confirm(self.sums)
             failure = None
         except Exception as error:
             failure = error
