@@ -10,8 +10,7 @@ from proxy.errors import Corrupt, ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.mirror.source import Unchanged, carried
-from proxy.jobs.traffic import told
-from proxy.repository import list_vm_backups, open_full_backup, read_backup
+from proxy.repository import list_vm_backups, open_full_backup
 from proxy.repository.paths import date_name, xva_name
 from proxy.repository.verify_xva import stored_md5
 from proxy.runtime.buffers import BufferPool
@@ -83,16 +82,17 @@ async def copy_archive(
     task: Task,
     job: MirrorJob,
     source: Source,
-    backup: Backup,
+    record: BackupRecord,
     targets: Sequence[MirrorTarget],
     rate: RateLimit,
 ) -> None:
-    """Copy ``backup`` to ``targets``, each with an ``export`` task of its own in ``task``.
+    """Copy the backup ``record`` to ``targets``, each with an ``export`` task of its own.
 
-    Raises what is wrong with the source; by then every export has failed with it and no remote
-    has anything of this backup.  A remote's own failure is noted in it, and the others go on.
+    Raises what is wrong with the source: no remote then has anything of this backup, and every
+    export that was begun has failed with it.  A remote's own failure is noted in it, and the
+    others go on.
     """
-    record = await read_backup(source.remote, backup.id)
+    backup = record.backup
     name = xva_name(record.metadata)
     if name is None:
         raise Corrupt(
@@ -143,18 +143,15 @@ class _Copy:
 
     async def to(self, target: MirrorTarget, consumer: Consumer) -> None:
         try:
-            async with self._task.child(
-                "export", id=target.id, type="remote", isFull=True
-            ) as export:
-                with told(export, target.remote):
-                    await self._store(export, target, consumer)
-                    await target.retire(export)
+            async with target.target.export(self._task, is_full=True) as export:
+                copied = await self._store(export, target, consumer)
+                await target.got(export, self._record.backup, copied)
         except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
             target.errors.append(error)
         finally:
             consumer.leave()
 
-    async def _store(self, export: Task, target: MirrorTarget, consumer: Consumer) -> None:
+    async def _store(self, export: Task, target: MirrorTarget, consumer: Consumer) -> Backup:
         backup = self._record.backup
         timestamp = int(backup.timestamp)
         async with open_full_backup(
@@ -174,18 +171,17 @@ class _Copy:
                     )
                 transfer.complete_progress()
                 transfer.result = {"size": writer.size}
-            await target.lock.check()
-            target.newest = await writer.commit(
+            await target.target.lock.check()
+            return await writer.commit(
                 {
                     **carried(self._record),
                     "jobId": self._job.id,
                     "scheduleId": self._job.schedule_id,
                     "timestamp": backup.timestamp,
-                    "tags": await target.tags(backup),
+                    "tags": await target.tags(backup.timestamp),
                 },
                 self._check.digest(),
             )
-        target.wanted.remove(backup)
 
 
 async def _is_taken(target: MirrorTarget, timestamp: int) -> bool:

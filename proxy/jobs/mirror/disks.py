@@ -105,11 +105,7 @@ async def open_disks(
 def _names(path: str, disks: Sequence[ChainDisk]) -> list[str]:
     """Oldest first, as each disk's header names its parent."""
     folder = paths.parent(path)
-    names = [path]
-    for disk in reversed(disks[1:]):
-        names.append(paths.join(folder, disk.header.parent_name))
-    names.reverse()
-    return names
+    return [*(paths.join(folder, disk.header.parent_name) for disk in disks[1:]), path]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ async def look(remote: Remote, vm_uuid: str, mode: str, wanted: Filter | None) -
     if wanted is None:
         return Found(backups, backups, unreadable)
     if wanted.fields <= _SUMMARY:
-        matching = [backup for backup in backups if wanted.matches(_summary(backup))]
-        return Found(backups, matching, unreadable)
+        known = [backup for backup in backups if wanted.matches(_summary(backup))]
+        return Found(backups, known, unreadable)
     matching: list[Backup] = []
     for backup in backups:
         try:

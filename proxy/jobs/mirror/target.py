@@ -2,76 +2,74 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from proxy.errors import ProxyError
-from proxy.formats.vhd import BLOCK_SIZE
+from proxy.jobs.remote_retention import delete_old
 from proxy.jobs.settings import Settings
-from proxy.jobs.targets import RemoteTarget, delete_old
-from proxy.jobs.traffic import told
-from proxy.repository import Backup, clean_vm, list_vm_backups, period_tags
+from proxy.repository import list_vm_backups, period_tags
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Sequence
     from uuid import UUID
 
     from proxy.jobs.mirror.mirror_job import MirrorSettings
     from proxy.jobs.mirror.planning import Retention
-    from proxy.remotes import Lock, Remote
+    from proxy.jobs.remote_target import RemoteTarget
+    from proxy.remotes import Remote
+    from proxy.repository import Backup
     from proxy.tasks import Task
 
 
 @dataclass(slots=True)
 class MirrorTarget:
-    """A remote with this VM's settings on it, and the lock of the VM's directory."""
+    """A remote with one VM's settings on it, in one attempt."""
 
-    id: str
-    remote: Remote
-    lock: Lock
-    vm_uuid: str
+    target: RemoteTarget
+    """Its own retention is off: what a mirror brings need not be the youngest."""
     settings: MirrorSettings
     retention: Retention
-    wanted: list[Backup] = field(default_factory=list[Backup])
+    wanted: list[Backup] = field(default_factory=list["Backup"])
     """Of the source, what it does not have yet, oldest first."""
     errors: list[Exception] = field(default_factory=list[Exception])
     """Why something that it was to get is not there."""
     is_lost: bool = False
     """It failed by itself: nothing more is written to it in this attempt."""
     newest: Backup | None = None
-    """The last backup that it got in this run."""
+    """The last backup that it got in this attempt."""
     disks: dict[str, set[UUID]] = field(default_factory=dict[str, "set[UUID]"])
-    """Of each disk's directory that was looked at, the disks by uuid."""
+    """Of each disk that was looked for, its states that are here, by uuid."""
     removed: int = 0
 
     @property
-    def as_remote_target(self) -> RemoteTarget:
-        """For what writes backups of VMs; retention is not its business here, as the backup that
-        it writes need not be the youngest."""
-        settings = Settings(
-            export_retention=self.settings.export_retention,
-            long_term_retention=self.settings.long_term_retention,
-            timezone=self.settings.timezone,
-            skip_delete_old_entries=True,
-        )
-        return RemoteTarget(self.id, self.remote, settings, self.lock)
+    def id(self) -> str:
+        return self.target.id
 
-    async def tags(self, backup: Backup) -> list[str]:
-        """The periods that ``backup`` opens among those of its schedule here.
+    @property
+    def remote(self) -> Remote:
+        return self.target.remote
 
-        Without long-term retention those of the source.
-        """
+    @property
+    def vm_uuid(self) -> str:
+        return self.target.vm_uuid
+
+    async def tags(self, timestamp: float) -> list[str]:
+        """The periods of long-term retention that a backup opens among those of its schedule."""
         if not self.settings.long_term_retention:
-            return list(backup.tags)
+            return []
         present = await list_vm_backups(self.remote, self.vm_uuid)
         entries = [each for each in present if each.schedule_id == self.retention.schedule_id]
         return period_tags(
-            entries,
-            backup.timestamp,
-            self.settings.long_term_retention,
-            self.settings.timezone,
+            entries, timestamp, self.settings.long_term_retention, self.settings.timezone
         )
+
+    async def got(self, export: Task, source: Backup, copy: Backup | None) -> None:
+        """``copy`` is a backup here now: remove what is too old with it."""
+        self.newest = copy
+        self.wanted = [each for each in self.wanted if each is not source]
+        if not self.settings.delete_first and not self.retention.keeps_all:
+            present = await list_vm_backups(self.remote, self.vm_uuid)
+            await self.remove(export, self.retention.expired(present))
 
     async def remove(self, task: Task, old: Sequence[Backup]) -> None:
         """Remove what is too old, and of deltas no more than one run may.
@@ -81,45 +79,17 @@ class MirrorTarget:
         most = self.settings.max_merged_deltas_per_run
         if most is not None and self.retention.mode == "delta":
             old = old[: max(0, int(most) - self.removed)]
-        await delete_old(task, self.as_remote_target, self.vm_uuid, list(reversed(old)))
+        await delete_old(task, self.target, list(reversed(old)))
         self.removed += len(old)
 
-    async def retire(self, task: Task) -> None:
-        """Remove what is too old now that a backup was added."""
-        if self.settings.delete_first or self.retention.keeps_all:
-            return
-        present = await list_vm_backups(self.remote, self.vm_uuid)
-        await self.remove(task, self.retention.expired(present))
 
-    async def clean(self, parent: Task, *, merge: bool) -> None:
-        """Remove, and ``merge``, what no backup needs.
-
-        Its failure stands in the log and stops nothing.
-        """
-        with contextlib.suppress(ProxyError):
-            async with parent.child("clean-vm") as clean:
-
-                @contextlib.asynccontextmanager
-                async def merging(
-                    chain: Sequence[str],
-                ) -> AsyncIterator[Callable[[int, int], None]]:
-                    del chain
-                    async with clean.child("merge") as task:
-
-                        def moved(done: int, total: int) -> None:
-                            task.progress(done * BLOCK_SIZE, total * BLOCK_SIZE)
-
-                        with told(task, self.remote):
-                            yield moved
-                        task.complete_progress()
-
-                with told(clean, self.remote):
-                    clean.result = await clean_vm(
-                        self.remote,
-                        self.vm_uuid,
-                        lock=self.lock,
-                        warn=clean.warning,
-                        min_age=0,  # we hold the directory: who wrote an unfinished file is dead
-                        merge=merge,
-                        progress=merging,
-                    )
+def writing_settings(settings: MirrorSettings) -> Settings:
+    """For what writes backups of VMs, which is not to remove any."""
+    return Settings(
+        delete_first=False,
+        export_retention=settings.export_retention,
+        get_remote_timeout=settings.get_remote_timeout,
+        long_term_retention=settings.long_term_retention,
+        skip_delete_old_entries=True,
+        timezone=settings.timezone,
+    )

@@ -1,0 +1,274 @@
+"""One VM in one mirror run: locks, plan, copies, retention, retries."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from proxy.errors import Busy, ProxyError, Unreachable
+from proxy.jobs.attempts import try_targets
+from proxy.jobs.mirror.archives import copy_archive
+from proxy.jobs.mirror.deltas import copy_delta
+from proxy.jobs.mirror.planning import plan
+from proxy.jobs.mirror.source import Source, look
+from proxy.jobs.mirror.target import MirrorTarget, writing_settings
+from proxy.jobs.opening import failed
+from proxy.jobs.remote_target import RemoteTarget
+from proxy.jobs.target import to_try_again
+from proxy.remotes import Remote
+from proxy.repository import list_vm_backups, lock_vm, read_backup
+from proxy.tasks import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from proxy.jobs.mirror.deltas import DeltaOptions
+    from proxy.jobs.mirror.mirror_job import MirrorJob, MirrorSettings
+    from proxy.jobs.mirror.source import Found
+    from proxy.remotes import Lock
+    from proxy.repository import Backup
+
+HealthCheck: TypeAlias = Callable[[Task, str, Remote, str, Sequence[str]], Awaitable[None]]
+"""Tries out a backup: below a task, on the remote of this id, by its own id, a VM with these
+tags."""
+
+
+class VmMirror:
+    """One VM in one run, over all attempts."""
+
+    def __init__(
+        self,
+        task: Task,
+        job: MirrorJob,
+        vm_uuid: str,
+        source: Remote,
+        remotes: Mapping[str, Remote],
+        *,
+        run_id: str,
+        options: DeltaOptions,
+        check: HealthCheck | None = None,
+    ) -> None:
+        self._task = task
+        self._job = job
+        self._vm_uuid = vm_uuid
+        self._source = source
+        self._remotes = remotes
+        self._run_id = run_id
+        self._options = options
+        self._check = check
+        self._done: set[str] = set()
+        """Remotes that have everything."""
+        self._told: set[str] = set()
+        """Unreadable metadata that the log speaks of."""
+
+    async def run(self) -> None:
+        """Copy what each remote lacks; try again where it failed.
+
+        Raises when no remote has everything that it is to have; the failures of some stand in
+        their tasks.  A cancel leaves each backup whole or not there at all, and the next run
+        goes on from what is there.
+        """
+        settings = self._job.vm(self._vm_uuid)
+        wanted: dict[str, MirrorSettings] = {}
+        for remote_id in self._remotes:
+            of_remote = self._job.target(self._vm_uuid, remote_id)
+            if of_remote is not None:
+                wanted[remote_id] = of_remote
+        if not wanted:
+            self._task.info("no remote is to keep backups of this VM")
+            return
+        await try_targets(
+            self._task,
+            wanted,
+            self._attempt,
+            tries=settings.n_retries_vm_backup_failures + 1,
+            has=lambda target: target in self._done,
+            message="Retry the VM mirror backup due to an error",
+        )
+
+    # -- one attempt -------------------------------------------------------------------------
+
+    async def _attempt(self, number: int, wanted: Mapping[str, MirrorSettings]) -> list[str]:
+        del number
+        errors: dict[str, Exception] = {}
+        async with contextlib.AsyncExitStack() as stack:
+            source, targets = await self._lock_all(stack, wanted, errors)
+            if targets:
+                await self._mirror(source, targets)
+        for target in targets:
+            if target.errors:
+                errors[target.id] = target.errors[0]
+        return to_try_again(errors, self._done, len(wanted), step="writer.transfer()")
+
+    async def _mirror(self, source: Source, targets: Sequence[MirrorTarget]) -> None:
+        if self._job.mode == "delta":
+            # chains must be whole before they can be extended
+            for target in targets:
+                await target.target.clean(self._task, merge=True)
+        found = await look(source.remote, self._vm_uuid, self._job.mode, self._job.filter)
+        self.tell_unreadable(found)
+        for target in targets:
+            await self._plan(target, found)
+        something = any(target.wanted or target.errors for target in targets)
+        if not something:
+            self._task.info("No new data to upload for this VM")
+        try:
+            await self._transfer(source, targets)
+            await self._try_out(targets)
+        finally:
+            self._done |= {each.id for each in targets if not each.wanted and not each.is_lost}
+        # Not after a cancel or a time limit: then nothing more is begun.
+        if (something or self._job.mode == "full") and not self._task.cancel_requested:
+            for target in targets:
+                await target.target.clean(self._task, merge=self._job.mode == "delta")
+
+    def tell_unreadable(self, found: Found) -> None:
+        for name, error in found.unreadable.items():
+            if name not in self._told:
+                self._told.add(name)
+                self._task.warning(
+                    "a backup of the source cannot be read and is not copied",
+                    {"path": f"/xo-vm-backups/{self._vm_uuid}/{name}", "error": error.message},
+                )
+
+    # -- locks -------------------------------------------------------------------------------
+
+    async def _lock_all(
+        self,
+        stack: contextlib.AsyncExitStack,
+        wanted: Mapping[str, MirrorSettings],
+        errors: dict[str, Exception],
+    ) -> tuple[Source, list[MirrorTarget]]:
+        """Hold the VM's directory on the source and on each remote.
+
+        A remote that cannot be had is a failed export, and in ``errors``; without the source
+        nothing is done.  Always in the order of their URLs, so that two mirrors of opposite
+        directions do not wait for each other.
+        """
+        source_id = self._job.source_id
+        everyone = {source_id: self._source, **{key: self._remotes[key] for key in wanted}}
+        locks: dict[str, Lock] = {}
+        for key in sorted(everyone, key=lambda each: (everyone[each].url, each)):
+            settings = wanted.get(key, self._job.run)
+            try:
+                locks[key] = await stack.enter_async_context(
+                    lock_vm(
+                        everyone[key],
+                        self._vm_uuid,
+                        owner=self._run_id,
+                        wait=settings.get_remote_timeout / 1000,
+                        waiting=partial(self._tell_wait, key),
+                    )
+                )
+            except ProxyError as error:
+                if key == source_id:
+                    raise
+                errors[key] = error
+                await failed(self._failing_export(key), error)
+        source = Source(source_id, self._source, locks[source_id])
+        return source, [
+            self._target(key, wanted[key], locks[key]) for key in wanted if key in locks
+        ]
+
+    def _tell_wait(self, remote_id: str, busy: Busy) -> None:
+        """Else a run that waits looks like one that hangs."""
+        self._task.info(
+            "waiting for whoever holds the VM's backups",
+            {"remote": remote_id, "reason": busy.message, **busy.data},
+        )
+
+    def _target(self, remote_id: str, settings: MirrorSettings, lock: Lock) -> MirrorTarget:
+        remote = self._remotes[remote_id]
+        target = RemoteTarget(
+            remote_id,
+            remote,
+            writing_settings(settings),
+            lock,
+            vm_uuid=self._vm_uuid,
+            job_id=self._job.id,
+            damage=self._options.damage(remote),
+        )
+        return MirrorTarget(target, settings, self._job.retention(settings))
+
+    def _failing_export(self, remote_id: str) -> contextlib.AbstractAsyncContextManager[Task]:
+        """Of a remote to which nothing could be begun."""
+        is_full = self._job.mode == "full"
+        return self._task.child("export", id=remote_id, isFull=is_full, type="remote")
+
+    # -- copies ------------------------------------------------------------------------------
+
+    async def _plan(self, target: MirrorTarget, found: Found) -> None:
+        try:
+            present = await list_vm_backups(target.remote, self._vm_uuid)
+            planned = plan(found.matching, present, target.retention)
+            if planned.missing and target.settings.delete_first:
+                await target.remove(self._task, planned.expiring)
+            target.wanted = planned.missing
+        except ProxyError as error:
+            await self._fail(target, error)
+
+    async def _fail(self, target: MirrorTarget, error: ProxyError) -> None:
+        """It cannot go on, and no export says so."""
+        target.is_lost = True
+        target.errors.append(error)
+        await failed(self._failing_export(target.id), error)
+
+    async def _transfer(self, source: Source, targets: Sequence[MirrorTarget]) -> None:
+        """Oldest first: each backup to all remotes that lack it and have not failed."""
+        wanted = {backup.id: backup for target in targets for backup in target.wanted}
+        ordered = sorted(wanted.values(), key=lambda backup: backup.timestamp)
+        for number, backup in enumerate(ordered):
+            takers = [
+                target
+                for target in targets
+                if not target.is_lost and any(each.id == backup.id for each in target.wanted)
+            ]
+            if takers:
+                error = await self._copy(source, backup, takers)
+                if isinstance(error, Unreachable | Busy):
+                    return  # it is the remote that fails, not this backup of it
+            self._task.set_property("progress", (number + 1) * 100 // len(ordered))
+
+    async def _copy(
+        self, source: Source, backup: Backup, takers: Sequence[MirrorTarget]
+    ) -> ProxyError | None:
+        """Copy one backup; what is wrong with it on the source, if anything is.
+
+        Then every taker's export has failed with it, and later backups may still be copied.
+        """
+        before = {target.id: len(target.errors) for target in takers}
+        broken: ProxyError | None = None
+        try:
+            record = await read_backup(source.remote, backup.id)
+            if self._job.mode == "full":
+                rate = self._options.rate
+                await copy_archive(self._task, self._job, source, record, takers, rate)
+            else:
+                await copy_delta(self._task, self._job, source, record, takers, self._options)
+        except ProxyError as error:
+            broken = error
+        for target in takers:
+            news = target.errors[before[target.id] :]
+            if any(error is not broken for error in news):
+                target.is_lost = True
+            elif broken is not None and not news and backup in target.wanted:
+                target.errors.append(broken)
+                await failed(self._failing_export(target.id), broken)
+        return broken
+
+    async def _try_out(self, targets: Sequence[MirrorTarget]) -> None:
+        """The health check of the last backup that each remote got."""
+        if self._check is None:
+            return
+        if all(target.newest is None for target in targets):
+            self._task.info("No healthCheck needed because no data was transferred.")
+        for target in targets:
+            newest = target.newest
+            if newest is not None:
+                try:
+                    tags = newest.vm.tags or []
+                    await self._check(self._task, target.id, target.remote, newest.id, tags)
+                except ProxyError as error:
+                    target.errors.append(error)
