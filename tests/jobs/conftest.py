@@ -166,6 +166,10 @@ class House:
             while self.pool.leftovers(connections=True):
                 await trio.sleep(0.01)
         assert self.pool.leftovers(connections=True) == {}
+        self.clean_remotes()
+
+    def clean_remotes(self) -> None:
+        """Assert that no remote holds anything but backups."""
         for remote in self.remotes:
             base = self.folder(remote) / "xo-vm-backups"
             locks = [path.name for path in base.glob("*.lock")] + [
