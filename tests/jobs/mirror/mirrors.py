@@ -17,9 +17,8 @@ from proxy.disks.opening import open_chain
 from proxy.jobs import BackupRequest
 from proxy.remotes import Remote
 from proxy.simulator import SimulatedPool
-
-from ..conftest import KEY, House, Outcome, open_house, read_stored
-from ..test_incremental_backup import BLOCK, MIB, live
+from tests.jobs.conftest import KEY, House, Outcome, open_house, read_stored
+from tests.jobs.test_incremental_backup import BLOCK, MIB, live
 
 MIRROR_JOB = "33333333-3333-4333-8333-333333333333"
 MIRROR_SCHEDULE = "44444444-4444-4444-8444-444444444444"
