@@ -53,33 +53,40 @@ async def choose(
         return dict.fromkeys(disks, why)
     length = chain_length(group)
     by_disk = {one.source_uuid: one for one in group}
+    due = bool(full_interval) and full_interval <= length + 1
+    known = {disk: by_disk[disk] for disk in disks if disk in by_disk}
+    refused = {} if due else await _refused(known, targets)
     found: dict[str, Choice] = {}
     for disk in disks:
-        snapshot = by_disk.get(disk)
-        if snapshot is None:
+        if disk not in known:
             found[disk] = Whole(
                 "NEW_DISK",
                 "the disk is not in the last exported snapshot",
                 {"snapshot": group[0].datetime},
             )
-        elif full_interval and full_interval <= length + 1:
+        elif due:
             found[disk] = Whole(
                 "FULL_INTERVAL",
                 f"a key backup is due after {length} deltas",
                 {"fullInterval": full_interval, "chainLength": length},
             )
         else:
-            found[disk] = await _on_all(snapshot, disk, targets)
+            found[disk] = refused.get(disk) or Base(known[disk])
     return found
 
 
-async def _on_all(snapshot: DiskSnapshot, disk: str, targets: Sequence[Target]) -> Choice:
+async def _refused(
+    snapshots: Mapping[str, DiskSnapshot], targets: Sequence[Target]
+) -> dict[str, Whole]:
+    """The disks that some target has no base of: the first that says so counts."""
+    left = dict(snapshots)
+    refused: dict[str, Whole] = {}
     for target in targets:
-        refusal = await target.find_base(disk, snapshot)
-        if refusal is not None:
+        for disk, refusal in (await target.find_bases(left)).items():
             evidence = {**refusal.evidence, "remote": target.id}
-            return Whole(refusal.reason, refusal.message, evidence)
-    return Base(snapshot)
+            refused[disk] = Whole(refusal.reason, refusal.message, evidence)
+            del left[disk]
+    return refused
 
 
 def describe(choices: Mapping[str, Choice], got: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

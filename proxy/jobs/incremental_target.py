@@ -63,7 +63,7 @@ class IncrementalTarget:
         # The oldest few, and of these the youngest first: whatever is left stays a chain.
         old = list(reversed(old if most is None else old[: int(most)]))
         if settings.delete_first:
-            await delete_old(export, self.target, old)
+            await delete_old(export, old)
         async with open_incremental_backup(
             self.target.remote, copy.vm_uuid, copy.timestamp, after=copy.newest_parent
         ) as writer:
@@ -77,7 +77,7 @@ class IncrementalTarget:
             await writer.commit({**copy.metadata, "tags": tags})
         copy.stored.add(self.target.id)
         if not settings.delete_first:
-            await delete_old(export, self.target, old)
+            await delete_old(export, old)
 
     async def _store_parts(self, writer: IncrementalBackupWriter, transfer: Task) -> None:
         failures: list[Exception] = []

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
     from proxy.jobs.settings import Settings
+    from proxy.jobs.target import Target
     from proxy.jobs.vm_backup import VmBackup
     from proxy.remotes import Lock, Remote
-    from proxy.repository.damage import Damage, DamageNotes
+    from proxy.repository.damage import DamageNotes
     from proxy.tasks import Task
 
 
@@ -98,19 +99,29 @@ class RemoteTarget:
         self.remote = remote
         self.settings = settings
         self.lock = lock
+        self.neighbours: list[RemoteTarget] = []
+        """On which retention counts too."""
+        self._remote_id = target_id
         self.vm_uuid = vm_uuid
         self._job_id = job_id
         self._damage = damage
-        self._damaged: Mapping[str, Damage] | None = None
         self._parents: dict[str, Parent] = {}
 
     @property
     def encodes(self) -> bool:
         return self.remote.use_vhd_directory
 
+    async def space(self) -> int | None:
+        return (await self.remote.info()).available
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        self.neighbours = [other for other in others if isinstance(other, RemoteTarget)]
+
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
-        async with task.child("export", id=self.id, isFull=is_full, type="remote") as export:
+        async with task.child(
+            "export", id=self._remote_id, isFull=is_full, type="remote"
+        ) as export:
             with told(export, self.remote):
                 yield export
 
@@ -148,7 +159,7 @@ class RemoteTarget:
         settings = self.settings
         old, tags = await plan_retention(self, copy.schedule_id, copy.timestamp, mode="full")
         if settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
         async with open_full_backup(self.remote, copy.vm_uuid, copy.timestamp) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, copy.estimate, estimated=True)
@@ -177,22 +188,24 @@ class RemoteTarget:
             )
         copy.stored.add(self.id)
         if not settings.delete_first:
-            await delete_old(export, self, old)
+            await delete_old(export, old)
 
     # -- incremental backups -----------------------------------------------------------------
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
         """An error of the storage is a refusal too, with the error as evidence: the full backup
         that follows will tell it.  So is what is known to be damaged."""
-        if self._damaged is None:
-            self._damaged = await self._damage.all()
-        parent = await find_parent(
-            self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=self._damaged
-        )
-        if isinstance(parent, NoParent):
-            return Refusal(parent.reason, parent.message, parent.evidence)
-        self._parents[disk] = parent
-        return None
+        damaged = await self._damage.all()
+        refused: dict[str, Refusal] = {}
+        for disk, snapshot in snapshots.items():
+            parent = await find_parent(
+                self.remote, self.vm_uuid, self._job_id, disk, snapshot.uuid, damaged=damaged
+            )
+            if isinstance(parent, NoParent):
+                refused[disk] = Refusal(parent.reason, parent.message, parent.evidence)
+            else:
+                self._parents[disk] = parent
+        return refused
 
     def sorts_behind(self, disks: Collection[str]) -> str:
         names = [parent.name for disk, parent in self._parents.items() if disk in disks]

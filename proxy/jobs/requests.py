@@ -95,10 +95,6 @@ def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
         raise Refused("replication to SRs is not available yet", code="ENOTSUP")
     if levels.run.health_check_sr is not None:
         raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
-    if levels.run.distribute_backups:
-        raise Refused(
-            "distributed backups are not available yet: unset distributeBackups", code="ENOTSUP"
-        )
 
 
 @dataclass(frozen=True, slots=True)

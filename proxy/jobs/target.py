@@ -14,7 +14,7 @@ from proxy.errors import Canceled, Many
 from proxy.formats.vhd import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.disks.disk import Disk, RandomDisk
@@ -56,8 +56,8 @@ class Destination(Protocol):
 class Target(Protocol):
     """A destination with one VM in one attempt."""
 
-    @property
-    def id(self) -> str: ...
+    id: str
+    """What ``stored`` receives: its destination's id."""
 
     @property
     def settings(self) -> Settings: ...
@@ -65,6 +65,14 @@ class Target(Protocol):
     @property
     def encodes(self) -> bool:
         """Whether what it stores is compressed here: then a slow target may be a slow CPU."""
+        ...
+
+    async def space(self) -> int | None:
+        """Free bytes; ``None`` where there is no limit."""
+        ...
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        """Let retention count, and remove, what is on ``others`` too: of the same kind."""
         ...
 
     def export(self, task: Task, *, is_full: bool) -> AbstractAsyncContextManager[Task]:
@@ -83,10 +91,11 @@ class Target(Protocol):
         """
         ...
 
-    async def find_base(self, disk: str, snapshot: DiskSnapshot) -> Refusal | None:
-        """Whether a delta of the live ``disk`` (uuid) since ``snapshot`` can be stored here.
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+        """Of which live disks (uuids) no delta since their snapshot can be stored here.
 
-        The target remembers what it found, for the delta that may come.
+        The target remembers what it found for the others, for the deltas that may come; that
+        they may come does not mean that they will.
         """
         ...
 

@@ -11,6 +11,7 @@ import trio
 from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
+from proxy.jobs.distribution import DistributedDestination
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
@@ -44,7 +45,11 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
             stack,
             seconds=settings.get_remote_timeout / 1000,
         )
-        destinations = [RemoteDestination(key, remote) for key, remote in remotes.items()]
+        destinations: list[Destination] = [
+            RemoteDestination(key, remote) for key, remote in remotes.items()
+        ]
+        if settings.distribute_backups and len(destinations) > 1:
+            destinations = [DistributedDestination(destinations)]
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
