@@ -170,7 +170,10 @@ class House:
 
     def clean_remotes(self) -> None:
         """Assert that no remote holds anything but backups."""
-        for remote in self.remotes:
+        self.clean_remotes_but()
+
+    def clean_remotes_but(self, *damaged: str) -> None:
+        for remote in self.remotes.keys() - set(damaged):
             base = self.folder(remote) / "xo-vm-backups"
             locks = [path.name for path in base.glob("*.lock")] + [
                 path.name for path in base.glob(".*")

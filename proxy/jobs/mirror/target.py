@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from proxy.jobs.remote_retention import delete_old
+from proxy.jobs.remote_retention import Entry, delete_old
 from proxy.jobs.settings import Settings
 from proxy.repository import list_vm_backups, period_tags
 
@@ -79,7 +79,7 @@ class MirrorTarget:
         most = self.settings.max_merged_deltas_per_run
         if most is not None and self.retention.mode == "delta":
             old = old[: max(0, int(most) - self.removed)]
-        await delete_old(task, self.target, list(reversed(old)))
+        await delete_old(task, [Entry(each, self.target) for each in reversed(old)])
         self.removed += len(old)
 
 

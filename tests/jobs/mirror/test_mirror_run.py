@@ -28,6 +28,7 @@ from .mirrors import (
     times,
 )
 
+LIBVHDI: Any = pyvhdi
 KINDS = ("remote1", "directories1", "encrypted1")
 
 
@@ -83,9 +84,9 @@ async def test_libvhdi_reads_a_copied_chain(tmp_path: Path, stock: Stock) -> Non
         vm = house.folder("remote1") / "xo-vm-backups" / stock.vm
         for path in newest["vhds"].values():
             folder = (vm / path).parent
-            files = []
+            files: list[Any] = []
             for name in sorted(each.name for each in folder.glob("*.vhd")):
-                file = pyvhdi.file()
+                file = LIBVHDI.file()
                 file.open(str(folder / name))
                 if files:
                     file.set_parent(files[-1])
@@ -304,7 +305,7 @@ async def test_weakness_25_older_backups_come_after_newer_ones(
 ) -> None:
     """With long-term retention, which asserts strictly rising times on Xen Orchestra."""
     async with house_with(stock, tmp_path) as house:
-        settings = {
+        settings: dict[str, Any] = {
             "longTermRetention": {"daily": {"retention": 7, "settings": {}}},
             "timezone": "UTC",
         }
