@@ -203,7 +203,8 @@ class VmMirror:
         try:
             present = await list_vm_backups(target.remote, self._vm_uuid)
             planned = plan(found.matching, present, target.retention)
-            if planned.missing and target.settings.delete_first:
+            # Without anything to come: what a run that was cut off in between has left.
+            if found.matching and (target.settings.delete_first or not planned.missing):
                 await target.remove(self._task, planned.expiring)
             target.wanted = planned.missing
         except ProxyError as error:
