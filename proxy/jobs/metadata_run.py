@@ -93,7 +93,7 @@ class _MetadataRun:
             root,
             parts=parts,
             concurrency=settings.concurrency,
-            max_export_rate=settings.max_export_rate,
+            rate=lambda: settings.max_export_rate,
             timeout=settings.timeout,
         )
         self._copies = parts * len(remotes)

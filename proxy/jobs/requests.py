@@ -75,6 +75,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
     remote_ids = ids_of(job.get("remotes"))
+    levels.refuse_wrong()
     _refuse_unsupported(job, levels)
     compression = job.get("compression") or ""
     return VmJob(

@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 class RunLimits:
     """Of one run, from its beginning; shared by all its parts (VMs, pools).
 
-    ``concurrency`` parts are worked on at once (0: all), together at ``max_export_rate`` bytes
-    per second (0: no limit), and for ``timeout`` milliseconds (0: no limit).
+    ``concurrency`` parts are worked on at once (0: all), together at ``rate`` (bytes per second
+    now, 0: no limit), and for ``timeout`` milliseconds (0: no limit).
     """
 
     def __init__(
-        self, root: Task, *, parts: int, concurrency: float, max_export_rate: float, timeout: float
+        self,
+        root: Task,
+        *,
+        parts: int,
+        concurrency: float,
+        rate: Callable[[], float],
+        timeout: float,
     ) -> None:
         self._root = root
-        self.rate = RateLimit(max_export_rate)
+        self.rate = RateLimit(rate)
         self._slots = trio.Semaphore(int(concurrency) if concurrency >= 1 else max(1, parts))
         self._ends_at = trio.current_time() + timeout / 1000 if timeout else float("inf")
 

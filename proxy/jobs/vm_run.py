@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     """The work of a job's root task.  What fails inside a VM fails that VM's task only."""
     settings = job.settings.run
-    for key in job.settings.unknown_keys():
-        root.warning(f"the setting '{key}' is not known and has no effect")
+    for sentence in job.settings.without_effect():
+        root.warning(sentence)
     async with contextlib.AsyncExitStack() as stack:
         remotes = await open_remotes(
             services,
@@ -74,7 +74,7 @@ class _VmRun:
             root,
             parts=len(job.vms),
             concurrency=settings.concurrency,
-            max_export_rate=settings.max_export_rate,
+            rate=settings.export_rate(),
             timeout=settings.timeout,
         )
 
