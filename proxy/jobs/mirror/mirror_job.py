@@ -15,11 +15,12 @@ from proxy.errors import Refused
 from proxy.jobs.mirror.matching import Predicate, fields_of, predicate
 from proxy.jobs.mirror.planning import Retention
 from proxy.jobs.patterns import ids_of
+from proxy.jobs.rate_windows import RateWindow, rate_now
 from proxy.jobs.settings import REPORT_KEYS
 from proxy.repository import old_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.jobs.requests import BackupRequest
 
@@ -44,6 +45,8 @@ class MirrorSettings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     long_term_retention: dict[str, dict[str, Any]] = {}
     max_export_rate: _NotNegative = 0
     """Bytes per second read from the source over all VMs of the run; 0 is no limit."""
+    max_export_rate_windows: tuple[RateWindow, ...] = ()
+    """Times at which another rate counts (:mod:`proxy.jobs.rate_windows`)."""
     max_merged_deltas_per_run: _NotNegative | None = None
     """Old incremental backups of a VM that one run removes at most, oldest first."""
     n_retries_vm_backup_failures: _Count = 0
@@ -53,6 +56,10 @@ class MirrorSettings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     timezone: str | None = None
     vm_timeout: _NotNegative = 0
     """For all attempts at one VM; 0 is no limit."""
+
+    def export_rate(self) -> Callable[[], float]:
+        """What says how many bytes per second the run may read now; 0 is no limit."""
+        return rate_now(self.max_export_rate, self.max_export_rate_windows, self.timezone)
 
 
 _FIELDS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(MirrorSettings))
@@ -163,8 +170,9 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
     of_remotes = {each: levels.get(each) for each in remote_ids}
     _refuse_unknown({**given, **of_remotes})
     _refuse_unsupported(run)
-    for settings in (run, *(_read(base, {each: level}) for each, level in of_remotes.items())):
-        _refuse_retention(settings)
+    _refuse_wrong(run, "the job")
+    for where, level in of_remotes.items():
+        _refuse_wrong(_read(base, {where: level}), where)
     if not run.skip_delete_old_entries and not any(
         _object(level, where).get(key)
         for where, level in {"the configuration": base, **levels}.items()
@@ -194,18 +202,17 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
 def _refuse_unsupported(run: MirrorSettings) -> None:
     if run.health_check_sr is not None:
         raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
-    if run.distribute_backups:
-        raise Refused(
-            "distributed backups are not available yet: unset distributeBackups", code="ENOTSUP"
-        )
 
 
-def _refuse_retention(settings: MirrorSettings) -> None:
+def _refuse_wrong(settings: MirrorSettings, where: str) -> None:
     """A wrong period or time zone is told before the run meets it half-way."""
     try:
         old_entries(0, [], settings.long_term_retention or None, settings.timezone)
+        settings.export_rate()
     except Refused as error:
-        raise _wrong("settings", error.message, keys=["longTermRetention"]) from error
+        raise _wrong(
+            "settings", f"the settings of {where} are wrong: {error.message}", settings=where
+        ) from error
 
 
 def _refuse_unknown(levels: Mapping[str, Any]) -> None:

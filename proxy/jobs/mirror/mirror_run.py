@@ -115,7 +115,7 @@ class _MirrorRun:
             root,
             parts=vms,
             concurrency=settings.concurrency,
-            max_export_rate=settings.max_export_rate,
+            rate=settings.export_rate(),
             timeout=settings.timeout,
         )
         self._options = DeltaOptions(

@@ -40,6 +40,8 @@ class MirrorTarget:
     disks: dict[str, set[UUID]] = field(default_factory=dict[str, "set[UUID]"])
     """Of each disk that was looked for, its states that are here, by uuid."""
     removed: int = 0
+    neighbours: Sequence[MirrorTarget] = ()
+    """On which retention counts too."""
 
     @property
     def id(self) -> str:
@@ -53,14 +55,25 @@ class MirrorTarget:
     def vm_uuid(self) -> str:
         return self.target.vm_uuid
 
+    async def present(self) -> list[Held]:
+        """What is here and on the neighbours, of whatever job and mode."""
+        return [
+            Held(backup, each)
+            for each in (self, *self.neighbours)
+            for backup in await list_vm_backups(each.remote, each.vm_uuid)
+        ]
+
     async def tags(self, timestamp: float) -> list[str]:
         """The periods of long-term retention that a backup opens among those of its schedule."""
         if not self.settings.long_term_retention:
             return []
-        present = await list_vm_backups(self.remote, self.vm_uuid)
-        entries = [each for each in present if each.schedule_id == self.retention.schedule_id]
+        schedule = self.retention.schedule_id
+        entries = [each.backup for each in await self.present()]
         return period_tags(
-            entries, timestamp, self.settings.long_term_retention, self.settings.timezone
+            [backup for backup in entries if backup.schedule_id == schedule],
+            timestamp,
+            self.settings.long_term_retention,
+            self.settings.timezone,
         )
 
     async def got(self, export: Task, source: Backup, copy: Backup | None) -> None:
@@ -68,19 +81,30 @@ class MirrorTarget:
         self.newest = copy
         self.wanted = [each for each in self.wanted if each is not source]
         if not self.settings.delete_first and not self.retention.keeps_all:
-            present = await list_vm_backups(self.remote, self.vm_uuid)
-            await self.remove(export, self.retention.expired(present))
+            present = await self.present()
+            expired = self.retention.expired([each.backup for each in present])
+            await self.remove(export, expired, present)
 
-    async def remove(self, task: Task, old: Sequence[Backup]) -> None:
-        """Remove what is too old, and of deltas no more than one run may.
+    async def remove(self, task: Task, old: Sequence[Backup], present: Sequence[Held]) -> None:
+        """Remove what is too old of ``present``, and of deltas no more than one run may.
 
         The oldest few, and of these the youngest first: whatever is left stays a chain.
         """
         most = self.settings.max_merged_deltas_per_run
         if most is not None and self.retention.mode == "delta":
             old = old[: max(0, int(most) - self.removed)]
-        await delete_old(task, [Entry(each, self.target) for each in reversed(old)])
-        self.removed += len(old)
+        owner = {id(each.backup): each.owner for each in present}
+        gone = [Entry(each, owner[id(each)].target) for each in reversed(old)]
+        await delete_old(task, gone)
+        self.removed += len(gone)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One backup, and the remote that has it."""
+
+    backup: Backup
+    owner: MirrorTarget
 
 
 def writing_settings(settings: MirrorSettings) -> Settings:

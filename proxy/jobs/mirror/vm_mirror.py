@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from proxy.errors import Busy, ProxyError, Unreachable
 from proxy.jobs.attempts import try_targets
+from proxy.jobs.distribution import roomiest
 from proxy.jobs.mirror.archives import copy_archive
 from proxy.jobs.mirror.deltas import copy_delta
 from proxy.jobs.mirror.planning import plan
@@ -60,6 +61,8 @@ class VmMirror:
         self._check = check
         self._done: set[str] = set()
         """Remotes that have everything."""
+        self._avoided: set[str] = set()
+        """Remotes that failed, where any other would do."""
         self._told: set[str] = set()
         """Unreadable metadata that the log speaks of."""
 
@@ -79,13 +82,31 @@ class VmMirror:
         if not wanted:
             self._task.info("no remote is to keep backups of this VM")
             return
+        tries = settings.n_retries_vm_backup_failures + 1
+        message = "Retry the VM mirror backup due to an error"
+        if self._job.run.distribute_backups and len(wanted) > 1:
+
+            async def attempt(number: int, missing: Mapping[str, None]) -> list[str]:
+                del missing
+                await self._attempt_one_of(number, wanted)
+                return []
+
+            await try_targets(
+                self._task,
+                {"+".join(wanted): None},
+                attempt,
+                tries=tries,
+                has=lambda _: bool(self._done),
+                message=message,
+            )
+            return
         await try_targets(
             self._task,
             wanted,
             self._attempt,
-            tries=settings.n_retries_vm_backup_failures + 1,
+            tries=tries,
             has=lambda target: target in self._done,
-            message="Retry the VM mirror backup due to an error",
+            message=message,
         )
 
     # -- one attempt -------------------------------------------------------------------------
@@ -102,8 +123,52 @@ class VmMirror:
                 errors[target.id] = target.errors[0]
         return to_try_again(errors, self._done, len(wanted), step="writer.transfer()")
 
+    async def _attempt_one_of(self, number: int, wanted: Mapping[str, MirrorSettings]) -> None:
+        """``distributeBackups``: all are held, one gets what is missing, retention counts on all.
+
+        A chain goes on where its youngest backup is; what begins, begins where most room is.
+        """
+        del number
+        errors: dict[str, Exception] = {}
+        async with contextlib.AsyncExitStack() as stack:
+            source, members = await self._lock_all(stack, wanted, errors)
+            if not members:
+                to_try_again(errors, self._done, len(wanted), step="writer.beforeBackup()")
+                return
+            chosen = await self._choose(members)
+            chosen.neighbours = [each for each in members if each is not chosen]
+            try:
+                await self._mirror(source, [chosen])
+            finally:
+                if chosen.id not in self._done:
+                    self._avoided.add(chosen.id)
+            for other in chosen.neighbours:
+                # as Xen Orchestra shows them: without a transfer
+                async with other.target.export(self._task, is_full=self._is_full) as export:
+                    await other.target.clean(export, merge=not self._is_full)
+        if chosen.errors:
+            raise chosen.errors[0]
+
+    async def _choose(self, members: Sequence[MirrorTarget]) -> MirrorTarget:
+        """Those where an attempt of this run failed are taken only if there is no other."""
+        candidates = [each for each in members if each.id not in self._avoided] or list(members)
+        if not self._is_full:
+            newest: dict[float, MirrorTarget] = {}
+            for each in candidates:
+                backups = await list_vm_backups(each.remote, self._vm_uuid)
+                for backup in each.retention.entries(backups):
+                    newest[backup.timestamp] = each
+            if newest:
+                return newest[max(newest)]
+        roomy = await roomiest([each.target for each in candidates])
+        return next(each for each in candidates if each.target is roomy)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._job.mode == "full"
+
     async def _mirror(self, source: Source, targets: Sequence[MirrorTarget]) -> None:
-        if self._job.mode == "delta":
+        if not self._is_full:
             # chains must be whole before they can be extended
             for target in targets:
                 await target.target.clean(self._task, merge=True)
@@ -120,9 +185,9 @@ class VmMirror:
         finally:
             self._done |= {each.id for each in targets if not each.wanted and not each.is_lost}
         # Not after a cancel or a time limit: then nothing more is begun.
-        if (something or self._job.mode == "full") and not self._task.cancel_requested:
+        if (something or self._is_full) and not self._task.cancel_requested:
             for target in targets:
-                await target.target.clean(self._task, merge=self._job.mode == "delta")
+                await target.target.clean(self._task, merge=not self._is_full)
 
     def tell_unreadable(self, found: Found) -> None:
         for name, error in found.unreadable.items():
@@ -194,18 +259,18 @@ class VmMirror:
 
     def _failing_export(self, remote_id: str) -> contextlib.AbstractAsyncContextManager[Task]:
         """Of a remote to which nothing could be begun."""
-        is_full = self._job.mode == "full"
-        return self._task.child("export", id=remote_id, isFull=is_full, type="remote")
+        return self._task.child("export", id=remote_id, isFull=self._is_full, type="remote")
 
     # -- copies ------------------------------------------------------------------------------
 
     async def _plan(self, target: MirrorTarget, found: Found) -> None:
         try:
-            present = await list_vm_backups(target.remote, self._vm_uuid)
-            planned = plan(found.matching, present, target.retention)
+            present = await target.present()
+            backups = [each.backup for each in present]
+            planned = plan(found.matching, backups, target.retention)
             # Without anything to come: what a run that was cut off in between has left.
             if found.matching and (target.settings.delete_first or not planned.missing):
-                await target.remove(self._task, planned.expiring)
+                await target.remove(self._task, planned.expiring, present)
             target.wanted = planned.missing
         except ProxyError as error:
             await self._fail(target, error)
@@ -243,7 +308,7 @@ class VmMirror:
         broken: ProxyError | None = None
         try:
             record = await read_backup(source.remote, backup.id)
-            if self._job.mode == "full":
+            if self._is_full:
                 rate = self._options.rate
                 await copy_archive(self._task, self._job, source, record, takers, rate)
             else:

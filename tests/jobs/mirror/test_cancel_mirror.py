@@ -101,7 +101,7 @@ STAGES = [
 async def cancelled(house: House, task: Task, release: Callable[[], None]) -> Outcome:
     """``release``: what was begun and cannot be taken back is waited for."""
     await house.services.tasks.cancel(task.id)
-    assert task.pending, "task.cancel answers at once: it waits for nothing of the run"
+    assert not task.end, "task.cancel answers at once: it waits for nothing of the run"
     await trio.sleep(0.02)
     release()
     with trio.fail_after(5):

@@ -117,6 +117,7 @@ def test_a_wrong_part_is_named(given: dict[str, Any], part: str, named: str) -> 
         ({"R2": {"whatIsThis": 1}}, "whatIsThis of R2"),
         ({"": {"longTermRetention": {"hourly": {"retention": 1}}, "timezone": "UTC"}}, "hourly"),
         ({"": {"longTermRetention": {"daily": {"retention": 1}}}}, "time zone"),
+        ({"R1": {"maxExportRateWindows": [{"from": "8"}]}}, "the settings of R1"),
         ({"": {"longTermRetention": {"daily": 1}, "timezone": "UTC"}}, "longTermRetention"),
     ],
 )
@@ -140,7 +141,7 @@ def test_a_wrong_setting_of_a_vm_fails_that_vm() -> None:
     assert job.vm("other").export_retention == 3
 
 
-@pytest.mark.parametrize("settings", [{"healthCheckSr": "sr"}, {"distributeBackups": True}])
+@pytest.mark.parametrize("settings", [{"healthCheckSr": "sr"}])
 def test_what_is_not_there_yet_is_refused(settings: dict[str, Any]) -> None:
     error = refusal({"": settings})
     assert error.code == "ENOTSUP"
