@@ -70,6 +70,8 @@ class DiskFanOut:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
+        self.when_cancelled: Exception = NoConsumers()
+        """What consumers hear of a reading that is cancelled, as by the failure of another disk."""
         self.sums = BlockSums(disk.blocks.count) if disk.blocks.count <= MOST_BLOCKS else None
         """Of the blocks that have passed."""
         self._capacity = capacity
@@ -96,7 +98,8 @@ class DiskFanOut:
         An error of the source reaches every consumer and is raised; so is ``NoConsumers`` when
         the last of them left.
         """
-        failure: Exception | None = NoConsumers()  # also what a cancel leaves
+        failure: Exception | None = None
+        complete = False
         try:
             async with background() as nursery:
                 if self._hasher is not None:
@@ -106,7 +109,7 @@ class DiskFanOut:
                     await self._hasher.finish()
             if self._confirm is not None:
                 await self._confirm(self.sums)
-            failure = None
+            complete = True
         except Exception as error:
             failure = error
             raise
@@ -114,7 +117,7 @@ class DiskFanOut:
             if self._hasher is not None:
                 self._hasher.leave()
             for consumer in self._made:
-                consumer.end(failure)
+                consumer.end(None if complete else failure or self.when_cancelled)
 
     async def _pump(self, pool: BufferPool) -> None:
         async with self.disk.read(pool) as reader:

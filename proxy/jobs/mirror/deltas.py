@@ -235,14 +235,15 @@ class _Copy:
                     await self._read_disk(position, pool)
             except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
                 failures.append(error)
+                for fan_out in self._fan_outs:
+                    fan_out.when_cancelled = failures[0]
                 nursery.cancel_scope.cancel("a disk cannot be read")
 
         async with trio.open_nursery() as nursery:
             for position in range(len(self._disks)):
                 nursery.start_soon(one, position)
-        real = [error for error in failures if not isinstance(error, NoConsumers)]
-        if real or failures:
-            raise (real or failures)[0]
+        if failures:
+            raise failures[0]
 
     async def _read_disk(self, position: int, pool: BufferPool) -> None:
         disk, content = self._disks[position], self._contents[position]

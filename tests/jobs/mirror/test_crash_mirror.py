@@ -46,7 +46,7 @@ async def test_after_a_crash_at_any_change(
         states = list(crash_states(changes, start=start))
         assert len(states) > 20
         for number, (when, show) in enumerate(states):
-            if number % (len(states) // 6):  # each costs a run; the moments are spread evenly
+            if number % (len(states) // 4):  # each costs a run; the moments are spread evenly
                 continue
             show(house.folder(target))
             for lock in house.folder(target).glob("xo-vm-backups/*.lock"):

@@ -329,7 +329,9 @@ async def test_a_source_that_stays_locked_fails_the_vm(tmp_path: Path, stock: St
         assert house.backups("remote1") == []
 
 
-async def test_a_remote_that_stays_locked_fails_alone(tmp_path: Path, stock: Stock) -> None:
+async def test_weakness_3_a_remote_that_stays_locked_is_a_failure_and_the_only_one(
+    tmp_path: Path, stock: Stock
+) -> None:
     async with house_with(stock, tmp_path) as house:
         async with house.services.remote(house.remote_spec("remote1")) as remote:
             async with lock_vm(remote, stock.vm, owner="a run"):
