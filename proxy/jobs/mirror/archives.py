@@ -158,8 +158,8 @@ class _Copy:
             target.remote,
             target.vm_uuid,
             timestamp,
-            # of another job: a second later is free, and what a crash left is replaced
-            exclusive=await _is_taken(target, timestamp),
+            # what a crash left under that name is replaced, where it can be
+            exclusive=target.remote.is_immutable or await _is_taken(target, timestamp),
         ) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, self._size)

@@ -62,6 +62,8 @@ async def run_mirror_job(
         if not remotes:
             return
         vms = await list_vms(source)
+        if not vms:
+            root.warning("the source remote has no backups of VMs", {"id": job.source_id})
         root.info("vms", {"vms": vms})
         run = _MirrorRun(services, job, root, source, remotes, vms=len(vms), check=check)
         async with trio.open_nursery() as nursery:

@@ -55,6 +55,9 @@ class MirrorTarget:
     def vm_uuid(self) -> str:
         return self.target.vm_uuid
 
+    def wants(self, backup: Backup) -> bool:
+        return any(each.id == backup.id for each in self.wanted)
+
     async def present(self) -> list[Held]:
         """What is here and on the neighbours, of whatever job and mode."""
         return [
@@ -79,7 +82,7 @@ class MirrorTarget:
     async def got(self, export: Task, source: Backup, copy: Backup | None) -> None:
         """``copy`` is a backup here now: remove what is too old with it."""
         self.newest = copy
-        self.wanted = [each for each in self.wanted if each is not source]
+        self.wanted = [each for each in self.wanted if each.id != source.id]
         if not self.settings.delete_first and not self.retention.keeps_all:
             present = await self.present()
             expired = self.retention.expired([each.backup for each in present])

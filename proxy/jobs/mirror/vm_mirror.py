@@ -286,15 +286,15 @@ class VmMirror:
         wanted = {backup.id: backup for target in targets for backup in target.wanted}
         ordered = sorted(wanted.values(), key=lambda backup: backup.timestamp)
         for number, backup in enumerate(ordered):
-            takers = [
-                target
-                for target in targets
-                if not target.is_lost and any(each.id == backup.id for each in target.wanted)
-            ]
+            takers = [each for each in targets if not each.is_lost and each.wants(backup)]
             if takers:
                 error = await self._copy(source, backup, takers)
                 if isinstance(error, Unreachable | Busy):
-                    return  # it is the remote that fails, not this backup of it
+                    # It is the source that fails, not this backup of it.
+                    for target in targets:
+                        if target.wanted and not target.errors:
+                            await self._fail(target, error)
+                    return
             self._task.set_property("progress", (number + 1) * 100 // len(ordered))
 
     async def _copy(
@@ -319,7 +319,7 @@ class VmMirror:
             news = target.errors[before[target.id] :]
             if any(error is not broken for error in news):
                 target.is_lost = True
-            elif broken is not None and not news and backup in target.wanted:
+            elif broken is not None and not news and target.wants(backup):
                 target.errors.append(broken)
                 await failed(self._failing_export(target.id), broken)
         return broken

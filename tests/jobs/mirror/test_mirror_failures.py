@@ -216,6 +216,27 @@ async def test_a_source_that_goes_away_ends_the_vm(tmp_path: Path, stock: Stock)
         house.clean_remotes()
 
 
+async def test_a_source_that_goes_away_fails_also_who_waited_for_later_backups(
+    tmp_path: Path, stock: Stock
+) -> None:
+    async with house_with(stock, tmp_path) as house, house.faulty("source") as faults:
+        gone = Fail(Unreachable("the share is gone"))
+        faults.add("read.*", gone, path="*.vhd", skip=5, times=999)
+        levels = {"remote2": {"exportRetention": 1}}
+        outcome = await mirror(house, "remote1", "remote2", levels=levels)
+        assert outcome.status == "failure"
+        assert statuses(outcome, "remote2") == ["failure"]
+        assert house.backups("remote2") == []
+
+
+async def test_a_source_without_backups_is_told(tmp_path: Path, stock: Stock) -> None:
+    async with house_with(stock, tmp_path) as house:
+        house.folder("empty").mkdir()
+        outcome = await mirror(house, "remote1", source="empty")
+        told = messages(outcome, "backup run", "warnings")
+        assert told == ["the source remote has no backups of VMs"]
+
+
 # -- remotes that fail ----------------------------------------------------------------------------
 
 
@@ -284,6 +305,21 @@ async def test_a_failed_retention_is_a_failure_and_the_backup_stays(
         assert await contents(house, "remote1") == stock.chain
         again = await mirror(house, "remote1", settings={"exportRetention": 3})
         assert again.status == "success"
+        assert await contents(house, "remote1") == stock.chain[1:]
+
+
+async def test_a_retention_that_failed_is_tried_again_without_another_transfer(
+    tmp_path: Path, stock: Stock
+) -> None:
+    async with house_with(stock, tmp_path) as house:
+        await mirror(house, "remote1", filter={"timestamp": {"__or": times(house, "source")[:3]}})
+        async with house.faulty() as faults:
+            faults.add("unlink", Fail(Unreachable("broken")), path="*.json")
+            settings = {"exportRetention": 3, "nRetriesVmBackupFailures": 2}
+            outcome = await mirror(house, "remote1", settings=settings)
+        assert outcome.status == "success", outcome.snapshot
+        assert len(outcome.of("transfer")) == 1
+        assert await contents(house, "remote1") == stock.chain[1:]
 
 
 async def test_weakness_9_a_failed_remote_does_not_make_the_others_write_again(
