@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from proxy.errors import Busy, ProxyError, Unreachable
+from proxy.errors import Busy, Canceled, Many, ProxyError, Unreachable
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import roomiest
 from proxy.jobs.mirror.archives import copy_archive
 from proxy.jobs.mirror.deltas import copy_delta
+from proxy.jobs.mirror.locked import Place, lock_everywhere
 from proxy.jobs.mirror.planning import plan
 from proxy.jobs.mirror.source import Source, look
 from proxy.jobs.mirror.target import MirrorTarget, writing_settings
@@ -19,7 +19,7 @@ from proxy.jobs.opening import failed
 from proxy.jobs.remote_target import RemoteTarget
 from proxy.jobs.target import to_try_again
 from proxy.remotes import Remote
-from proxy.repository import list_vm_backups, lock_vm, read_backup
+from proxy.repository import list_vm_backups, read_backup
 from proxy.tasks import Task
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ class VmMirror:
         self._check = check
         self._done: set[str] = set()
         """Remotes that have everything."""
+        self._attempts = 0
+        self._left: list[Exception] = []
+        """What went wrong in the last attempt."""
         self._avoided: set[str] = set()
         """Remotes that failed, where any other would do."""
         self._told: set[str] = set()
@@ -69,9 +72,10 @@ class VmMirror:
     async def run(self) -> None:
         """Copy what each remote lacks; try again where it failed.
 
-        Raises when no remote has everything that it is to have; the failures of some stand in
-        their tasks.  A cancel leaves each backup whole or not there at all, and the next run
-        goes on from what is there.
+        Raises when a remote does not have everything that it is to have: beside exports of other
+        backups that went well, a failed one would not stand out in Xen Orchestra.
+
+        A cancel leaves each backup whole or not there at all; the next run goes on from that.
         """
         settings = self._job.vm(self._vm_uuid)
         wanted: dict[str, MirrorSettings] = {}
@@ -99,6 +103,7 @@ class VmMirror:
                 has=lambda _: bool(self._done),
                 message=message,
             )
+            self._refuse_left()
             return
         await try_targets(
             self._task,
@@ -108,11 +113,12 @@ class VmMirror:
             has=lambda target: target in self._done,
             message=message,
         )
+        self._refuse_left()
 
     # -- one attempt -------------------------------------------------------------------------
 
     async def _attempt(self, number: int, wanted: Mapping[str, MirrorSettings]) -> list[str]:
-        del number
+        self._attempts = number
         errors: dict[str, Exception] = {}
         async with contextlib.AsyncExitStack() as stack:
             source, targets = await self._lock_all(stack, wanted, errors)
@@ -121,14 +127,28 @@ class VmMirror:
         for target in targets:
             if target.errors:
                 errors[target.id] = target.errors[0]
+        self._left = list(errors.values())
         return to_try_again(errors, self._done, len(wanted), step="writer.transfer()")
+
+    def _refuse_left(self) -> None:
+        """Raise what the last attempt left, if anything."""
+        real = [error for error in self._left if not isinstance(error, Canceled)]
+        left = real or self._left
+        if len(left) == 1:
+            raise left[0]
+        if left:
+            raise Many(f"{len(left)} remotes do not have everything", left)
+        failures = list(self._task.failures())
+        if self._attempts > 1 and failures:
+            # After a retry Xen Orchestra takes any task of that name that went well for its repeat.
+            raise ProxyError(f"not all went well: {'; '.join(failures[:3])}")
 
     async def _attempt_one_of(self, number: int, wanted: Mapping[str, MirrorSettings]) -> None:
         """``distributeBackups``: all are held, one gets what is missing, retention counts on all.
 
         A chain goes on where its youngest backup is; what begins, begins where most room is.
         """
-        del number
+        self._attempts = number
         errors: dict[str, Exception] = {}
         async with contextlib.AsyncExitStack() as stack:
             source, members = await self._lock_all(stack, wanted, errors)
@@ -209,40 +229,31 @@ class VmMirror:
         """Hold the VM's directory on the source and on each remote.
 
         A remote that cannot be had is a failed export, and in ``errors``; without the source
-        nothing is done.  Always in the order of their URLs, so that two mirrors of opposite
-        directions do not wait for each other.
+        nothing is done.
         """
         source_id = self._job.source_id
-        everyone = {source_id: self._source, **{key: self._remotes[key] for key in wanted}}
-        locks: dict[str, Lock] = {}
-        for key in sorted(everyone, key=lambda each: (everyone[each].url, each)):
-            settings = wanted.get(key, self._job.run)
-            try:
-                locks[key] = await stack.enter_async_context(
-                    lock_vm(
-                        everyone[key],
-                        self._vm_uuid,
-                        owner=self._run_id,
-                        wait=settings.get_remote_timeout / 1000,
-                        waiting=partial(self._tell_wait, key),
-                    )
-                )
-            except ProxyError as error:
-                if key == source_id:
-                    raise
-                errors[key] = error
-                await failed(self._failing_export(key), error)
+        places = {
+            key: Place(self._remotes[key], settings.get_remote_timeout / 1000)
+            for key, settings in wanted.items()
+        }
+        places[source_id] = Place(self._source, self._job.run.get_remote_timeout / 1000)
+        locks, lost = await lock_everywhere(
+            stack,
+            places,
+            self._vm_uuid,
+            needed=source_id,
+            owner=self._run_id,
+            task=self._task,
+        )
+        for key, error in lost.items():
+            errors[key] = error
+            await failed(self._failing_export(key), error)
         source = Source(source_id, self._source, locks[source_id])
         return source, [
-            self._target(key, wanted[key], locks[key]) for key in wanted if key in locks
+            self._target(key, settings, locks[key])
+            for key, settings in wanted.items()
+            if key in locks
         ]
-
-    def _tell_wait(self, remote_id: str, busy: Busy) -> None:
-        """Else a run that waits looks like one that hangs."""
-        self._task.info(
-            "waiting for whoever holds the VM's backups",
-            {"remote": remote_id, "reason": busy.message, **busy.data},
-        )
 
     def _target(self, remote_id: str, settings: MirrorSettings, lock: Lock) -> MirrorTarget:
         remote = self._remotes[remote_id]

@@ -11,6 +11,7 @@ import pytest
 from proxy.errors import Refused, Unreachable
 from proxy.remotes.faults import Fail
 from tests.jobs.conftest import explained
+from tests.jobs.xo_status import rendered
 
 from .mirrors import Stock, contents, house_with, mirror, times
 
@@ -40,6 +41,7 @@ async def test_the_log_says_what_is_there(tmp_path: Path, stock: Stock, seed: in
             planned = len(faults[where].unused)
             outcome = await mirror(house, *targets, settings=settings)
             assert len(faults[where].unused) < planned, "nothing failed"
+        assert rendered(outcome.log)["status"] == outcome.status
         moments = times(house, "source")
         for target in targets:
             there = times(house, target)
