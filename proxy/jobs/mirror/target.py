@@ -55,6 +55,11 @@ class MirrorTarget:
     def vm_uuid(self) -> str:
         return self.target.vm_uuid
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether this attempt may have left something to clean."""
+        return bool(self.newest or self.removed or self.errors)
+
     def wants(self, backup: Backup) -> bool:
         return any(each.id == backup.id for each in self.wanted)
 
@@ -98,8 +103,8 @@ class MirrorTarget:
             old = old[: max(0, int(most) - self.removed)]
         owner = {id(each.backup): each.owner for each in present}
         gone = [Entry(each, owner[id(each)].target) for each in reversed(old)]
+        self.removed += len(gone)  # first: it may fail half-way
         await delete_old(task, gone)
-        self.removed += len(gone)
 
 
 @dataclass(frozen=True, slots=True)

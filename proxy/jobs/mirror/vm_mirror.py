@@ -196,8 +196,7 @@ class VmMirror:
         self.tell_unreadable(found)
         for target in targets:
             await self._plan(target, found)
-        something = any(target.wanted or target.errors for target in targets)
-        if not something:
+        if not any(target.wanted or target.errors for target in targets):
             self._task.info("No new data to upload for this VM")
         try:
             await self._transfer(source, targets)
@@ -205,9 +204,10 @@ class VmMirror:
         finally:
             self._done |= {each.id for each in targets if not each.wanted and not each.is_lost}
         # Not after a cancel or a time limit: then nothing more is begun.
-        if (something or self._is_full) and not self._task.cancel_requested:
+        if not self._task.cancel_requested:
             for target in targets:
-                await target.target.clean(self._task, merge=not self._is_full)
+                if self._is_full or target.is_changed:
+                    await target.target.clean(self._task, merge=not self._is_full)
 
     def tell_unreadable(self, found: Found) -> None:
         for name, error in found.unreadable.items():
