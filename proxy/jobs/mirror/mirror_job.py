@@ -156,6 +156,8 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
         remote_ids = [each for each in ids_of(job.get("remotes")) if each != source_id]
     except Refused as error:
         raise _wrong("remotes", error.message) from error
+    if not remote_ids:
+        raise _wrong("remotes", "a mirror job needs remotes to copy to, others than its source")
     for part in ("vms", "srs", "pools", "xoMetadata"):
         if job.get(part):
             raise _wrong(part, f"a mirror job has no use for {part}: its filter says what it takes")

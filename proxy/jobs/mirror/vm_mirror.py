@@ -279,10 +279,20 @@ class VmMirror:
             present = await target.present()
             backups = [each.backup for each in present]
             planned = plan(found.matching, backups, target.retention)
-            # Without anything to come: what a run that was cut off in between has left.
-            if found.matching and (target.settings.delete_first or not planned.missing):
+            if found.matching and not planned.missing:
+                # what a run that was cut off in between has left
                 await target.remove(self._task, planned.expiring, present)
             target.wanted = planned.missing
+        except ProxyError as error:
+            await self._fail(target, error)
+
+    async def _make_room(self, target: MirrorTarget, backup: Backup) -> None:
+        """Remove what ``backup`` alone makes too old: if it fails, the others are still there."""
+        try:
+            present = await target.present()
+            backups = [each.backup for each in present]
+            expiring = plan([backup], backups, target.retention).expiring
+            await target.remove(self._task, expiring, present)
         except ProxyError as error:
             await self._fail(target, error)
 
@@ -297,6 +307,9 @@ class VmMirror:
         wanted = {backup.id: backup for target in targets for backup in target.wanted}
         ordered = sorted(wanted.values(), key=lambda backup: backup.timestamp)
         for number, backup in enumerate(ordered):
+            for target in targets:
+                if target.settings.delete_first and not target.is_lost and target.wants(backup):
+                    await self._make_room(target, backup)
             takers = [each for each in targets if not each.is_lost and each.wants(backup)]
             if takers:
                 error = await self._copy(source, backup, takers)

@@ -237,6 +237,22 @@ async def test_a_source_without_backups_is_told(tmp_path: Path, stock: Stock) ->
         assert told == ["the source remote has no backups of VMs"]
 
 
+async def test_deleting_first_takes_no_more_than_each_copy_needs(
+    tmp_path: Path, stock: Stock
+) -> None:
+    """A source that turns out to be damaged must not cost all that is there."""
+    async with house_with(stock, tmp_path) as house:
+        early = {"timestamp": {"__or": times(house, "source")[:2]}}
+        settings = {"exportRetention": 2, "deleteFirst": True}
+        await mirror(house, "remote1", settings=settings, filter=early)
+        for number in (2, 3):
+            for path in nth_disk(house, number):
+                cut(path)
+        outcome = await mirror(house, "remote1", settings=settings)
+        assert statuses(outcome) == ["failure", "failure"]
+        assert await contents(house, "remote1") == stock.chain[1:2]
+
+
 # -- remotes that fail ----------------------------------------------------------------------------
 
 

@@ -70,7 +70,6 @@ def test_a_remote_that_keeps_nothing_gets_nothing() -> None:
 
 def test_the_source_is_no_target_of_its_own() -> None:
     assert understood(remotes={"id": {"__or": ["R0", "R1"]}}).remote_ids == ["R1"]
-    assert understood(remotes={"id": "R0"}).remote_ids == []
 
 
 def test_xen_orchestras_own_settings_are_taken() -> None:
@@ -94,6 +93,8 @@ def test_a_filter_may_be_missing(filtered: Any) -> None:
         ({"sourceRemote": None}, "job.sourceRemote", "sourceRemote"),
         ({"sourceRemote": {"id": "R0"}}, "job.sourceRemote", "sourceRemote"),
         ({"remotes": {"id": {"__not": "x"}}}, "job.remotes", "invalid pattern"),
+        ({"remotes": {"id": "R0"}}, "job.remotes", "others than its source"),
+        ({"remotes": None}, "job.remotes", "others than its source"),
         ({"vms": {"id": "x"}}, "job.vms", "no use for vms"),
         ({"srs": {"id": "x"}}, "job.srs", "no use for srs"),
         ({"filter": {"__or": "x"}}, "job.filter", "the filter is wrong"),
