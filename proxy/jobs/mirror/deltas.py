@@ -40,8 +40,8 @@ _BUFFERS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaOptions:
-    """What all incremental copies of a run have in common."""
+class CopyOptions:
+    """What all copies of a run have in common."""
 
     rate: RateLimit
     disks_at_once: int
@@ -57,7 +57,7 @@ async def copy_delta(
     source: Source,
     record: BackupRecord,
     targets: Sequence[MirrorTarget],
-    options: DeltaOptions,
+    options: CopyOptions,
 ) -> None:
     """Copy the backup ``record`` to ``targets``, each with an ``export`` task of its own.
 
@@ -86,7 +86,7 @@ async def _groups(
     record: BackupRecord,
     disks: Sequence[SourceDisk],
     targets: Sequence[MirrorTarget],
-    options: DeltaOptions,
+    options: CopyOptions,
 ) -> list[_Group]:
     """By what they need.  A remote that cannot say is noted as failed and in none of them."""
     groups: dict[tuple[int, ...], _Group] = {}
@@ -127,7 +127,7 @@ class _Copy:
         record: BackupRecord,
         disks: Sequence[SourceDisk],
         group: _Group,
-        options: DeltaOptions,
+        options: CopyOptions,
     ) -> None:
         self._task = task
         self._source = source

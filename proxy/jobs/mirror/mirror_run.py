@@ -10,7 +10,7 @@ import trio
 
 from proxy.errors import NotFound, ProxyError, Refused
 from proxy.formats.vhd_directory import Compression
-from proxy.jobs.mirror.deltas import DeltaOptions
+from proxy.jobs.mirror.deltas import CopyOptions
 from proxy.jobs.mirror.source import look
 from proxy.jobs.mirror.vm_mirror import VmMirror
 from proxy.jobs.opening import failed, open_remotes
@@ -120,7 +120,7 @@ class _MirrorRun:
             rate=settings.export_rate(),
             timeout=settings.timeout,
         )
-        self._options = DeltaOptions(
+        self._options = CopyOptions(
             rate=self._limits.rate,
             disks_at_once=int(settings.disk_per_vm_concurrency),
             codec=Compression(services.config.backups.vhd_directory_compression),

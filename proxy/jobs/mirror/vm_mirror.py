@@ -25,7 +25,7 @@ from proxy.tasks import Task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from proxy.jobs.mirror.deltas import DeltaOptions
+    from proxy.jobs.mirror.deltas import CopyOptions
     from proxy.jobs.mirror.mirror_job import MirrorJob, MirrorSettings
     from proxy.jobs.mirror.source import Found
     from proxy.remotes import Lock
@@ -48,7 +48,7 @@ class VmMirror:
         remotes: Mapping[str, Remote],
         *,
         run_id: str,
-        options: DeltaOptions,
+        options: CopyOptions,
         check: HealthCheck | None = None,
     ) -> None:
         self._task = task

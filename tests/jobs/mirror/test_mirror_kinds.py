@@ -139,3 +139,21 @@ def libvhdi_reads(house: House, remote: str) -> list[Content]:
                 file.close()
         found.append(content)
     return found
+
+
+@pytest.mark.parametrize(("source", "mode"), [("source", "delta"), ("archives", "full")])
+async def test_to_a_remote_that_protects_its_files(
+    tmp_path: Path, stock: Stock, source: str, mode: str
+) -> None:
+    async with house_with(stock, tmp_path, source) as house:
+        url = f"file://{tmp_path / 'remote1'}?immutable=true"
+        house.remotes["remote1"] = {"id": "remote1", "name": "remote1", "url": url}
+        moments = times(house, source)
+        for known in (moments[:1], moments):
+            some = {"timestamp": {"__or": known}}
+            outcome = await mirror(house, "remote1", source=source, mode=mode, filter=some)
+            assert outcome.status == "success", outcome.snapshot
+        assert times(house, "remote1") == moments
+        if mode == "delta":
+            assert await contents(house, "remote1") == stock.chain
+        assert list(house.folder("remote1").rglob("cache.json.gz")) == []
