@@ -16,7 +16,7 @@ from proxy.jobs.mirror.matching import Predicate, fields_of, predicate
 from proxy.jobs.mirror.planning import Retention
 from proxy.jobs.patterns import ids_of
 from proxy.jobs.rate_windows import RateWindow, rate_now
-from proxy.jobs.settings import REPORT_KEYS
+from proxy.jobs.settings import REPORT_KEYS, Settings
 from proxy.repository import old_entries
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class MirrorSettings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     get_remote_timeout: _NotNegative = 300_000
     """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
     health_check_sr: str | None = None
+    """Where the VM of a health check is made; none is made without."""
+    health_check_timeout: str | _NotNegative = "10m"
+    health_check_vms_with_tags: list[str] = []
     long_term_retention: dict[str, dict[str, Any]] = {}
     max_export_rate: _NotNegative = 0
     """Bytes per second read from the source over all VMs of the run; 0 is no limit."""
@@ -61,15 +64,27 @@ class MirrorSettings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         """What says how many bytes per second the run may read now; 0 is no limit."""
         return rate_now(self.max_export_rate, self.max_export_rate_windows, self.timezone)
 
+    def writing(self) -> Settings:
+        """For what writes backups of VMs, which is not to remove any."""
+        return Settings(
+            delete_first=False,
+            export_retention=self.export_retention,
+            get_remote_timeout=self.get_remote_timeout,
+            health_check_sr=self.health_check_sr,
+            health_check_timeout=self.health_check_timeout,
+            health_check_vms_with_tags=self.health_check_vms_with_tags,
+            long_term_retention=self.long_term_retention,
+            skip_delete_old_entries=True,
+            timezone=self.timezone,
+        )
+
 
 _FIELDS: Final = frozenset(field.encode_name for field in msgspec.structs.fields(MirrorSettings))
 _SATISFIED: Final = REPORT_KEYS | {
-    "healthCheckVmsWithTags",
-    "healthCheckTimeout",
     "mergeBackupsSynchronously",
     "validateVhdStreams",
 }
-"""Xen Orchestra's own, those of a health check, and what is always done here."""
+"""Xen Orchestra's own, and what is always done here."""
 
 WITHOUT_EFFECT: Final = frozenset(
     {
@@ -130,6 +145,12 @@ class MirrorJob:
         keeps = settings.export_retention > 0 or settings.long_term_retention
         return settings if keeps or settings.skip_delete_old_entries else None
 
+    def health_check_srs(self) -> set[str]:
+        """Every SR that health checks may use, but for those that only a VM's settings name."""
+        levels = [{}, *({each: self._levels.get(each)} for each in self.remote_ids)]
+        found = {_read(self._base, level).health_check_sr for level in levels}
+        return {sr for sr in found if sr is not None}
+
     def retention(self, settings: MirrorSettings) -> Retention:
         return Retention(
             schedule_id=self.schedule_id,
@@ -171,7 +192,6 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
         base.update(_told(_object(level, "the job")))
     of_remotes = {each: levels.get(each) for each in remote_ids}
     _refuse_unknown({**given, **of_remotes})
-    _refuse_unsupported(run)
     _refuse_wrong(run, "the job")
     for where, level in of_remotes.items():
         _refuse_wrong(_read(base, {where: level}), where)
@@ -201,16 +221,12 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
     )
 
 
-def _refuse_unsupported(run: MirrorSettings) -> None:
-    if run.health_check_sr is not None:
-        raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
-
-
 def _refuse_wrong(settings: MirrorSettings, where: str) -> None:
     """A wrong period or time zone is told before the run meets it half-way."""
     try:
         old_entries(0, [], settings.long_term_retention or None, settings.timezone)
         settings.export_rate()
+        _ = settings.writing().health_check_seconds
     except Refused as error:
         raise _wrong(
             "settings", f"the settings of {where} are wrong: {error.message}", settings=where

@@ -10,6 +10,7 @@ import trio
 
 from proxy.errors import NotFound, ProxyError, Refused
 from proxy.formats.vhd_directory import Compression
+from proxy.jobs.health_check import HealthChecks
 from proxy.jobs.mirror.deltas import CopyOptions
 from proxy.jobs.mirror.source import look
 from proxy.jobs.mirror.vm_mirror import VmMirror
@@ -22,25 +23,23 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from proxy.jobs.mirror.mirror_job import MirrorJob
-    from proxy.jobs.mirror.vm_mirror import HealthCheck
     from proxy.jobs.services import Services
     from proxy.remotes import Remote
     from proxy.tasks import Task
 
 
-async def run_mirror_job(
-    services: Services, job: MirrorJob, root: Task, *, check: HealthCheck | None = None
-) -> None:
+async def run_mirror_job(services: Services, job: MirrorJob, root: Task) -> None:
     """The work of a job's root task.  What fails inside a VM fails that VM's task only.
 
     A source that cannot be opened or listed fails the root; a remote that cannot be opened is a
-    failed task, and the others get what they lack.  ``check`` tries out the last backup that a
-    remote got of each VM.
+    failed task, and the others get what they lack.
     """
     if job.mode not in ("full", "delta"):
         raise Refused(f"Job mode {job.mode} not implemented for mirror backup", code="ENOTSUP")
     for key in job.without_effect:
         root.warning(f"the setting '{key}' has no effect on a mirror")
+    checks = HealthChecks(services, job.request, root)
+    await checks.find_srs(job.health_check_srs())
     async with contextlib.AsyncExitStack() as stack:
         source = await _open_source(services, job, root, stack)
         remotes = await open_remotes(
@@ -65,7 +64,7 @@ async def run_mirror_job(
         if not vms:
             root.warning("the source remote has no backups of VMs", {"id": job.source_id})
         root.info("vms", {"vms": vms})
-        run = _MirrorRun(services, job, root, source, remotes, vms=len(vms), check=check)
+        run = _MirrorRun(services, job, root, source, remotes, vms=len(vms), checks=checks)
         async with trio.open_nursery() as nursery:
             for vm_uuid in vms:
                 nursery.start_soon(run.one_vm, vm_uuid)
@@ -81,7 +80,8 @@ async def _open_source(
         if spec is None:
             raise NotFound(f"the call names no remote {source_id}", data={"id": source_id})
         with deadline(f"opening remote {source_id}", job.run.get_remote_timeout / 1000):
-            return await stack.enter_async_context(services.remote(spec, create=False))
+            source = await stack.enter_async_context(services.remote(spec, create=False))
+        await services.sweeper.contact_remote(root, source)
     except ProxyError as error:
         await failed(root.child("get remote adapter", id=source_id, type="remote"), error)
         raise ProxyError(
@@ -89,6 +89,7 @@ async def _open_source(
             code=error.code,
             data={**error.data, "id": source_id},
         ) from error
+    return source
 
 
 class _MirrorRun:
@@ -103,7 +104,7 @@ class _MirrorRun:
         remotes: dict[str, Remote],
         *,
         vms: int,
-        check: HealthCheck | None,
+        checks: HealthChecks,
     ) -> None:
         self._job = job
         self._root = root
@@ -111,7 +112,7 @@ class _MirrorRun:
         self._remotes = remotes
         self._vms = vms
         self._ended = 0
-        self._check = check
+        self._checks = checks
         settings = job.run
         self._limits = RunLimits(
             root,
@@ -164,7 +165,7 @@ class _MirrorRun:
                 self._remotes,
                 run_id=self._root.id,
                 options=self._options,
-                check=self._check,
+                checks=self._checks,
             )
             mirror.tell_unreadable(found)
             if not found.matching:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from proxy.jobs.remote_retention import Entry, delete_old
-from proxy.jobs.settings import Settings
 from proxy.repository import list_vm_backups, period_tags
 
 if TYPE_CHECKING:
@@ -113,15 +112,3 @@ class Held:
 
     backup: Backup
     owner: MirrorTarget
-
-
-def writing_settings(settings: MirrorSettings) -> Settings:
-    """For what writes backups of VMs, which is not to remove any."""
-    return Settings(
-        delete_first=False,
-        export_retention=settings.export_retention,
-        get_remote_timeout=settings.get_remote_timeout,
-        long_term_retention=settings.long_term_retention,
-        skip_delete_old_entries=True,
-        timezone=settings.timezone,
-    )

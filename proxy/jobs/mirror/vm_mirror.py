@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
 
 from proxy.errors import Busy, Canceled, Many, ProxyError, Unreachable
+from proxy.jobs import health_check
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import roomiest
 from proxy.jobs.mirror.archives import copy_archive
@@ -14,26 +17,22 @@ from proxy.jobs.mirror.deltas import copy_delta
 from proxy.jobs.mirror.locked import Place, lock_everywhere
 from proxy.jobs.mirror.planning import plan
 from proxy.jobs.mirror.source import Source, look
-from proxy.jobs.mirror.target import MirrorTarget, writing_settings
+from proxy.jobs.mirror.target import MirrorTarget
 from proxy.jobs.opening import failed
 from proxy.jobs.remote_target import RemoteTarget
 from proxy.jobs.target import to_try_again
-from proxy.remotes import Remote
 from proxy.repository import list_vm_backups, read_backup
-from proxy.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from proxy.jobs.health_check import HealthChecks
     from proxy.jobs.mirror.deltas import CopyOptions
     from proxy.jobs.mirror.mirror_job import MirrorJob, MirrorSettings
     from proxy.jobs.mirror.source import Found
-    from proxy.remotes import Lock
+    from proxy.remotes import Lock, Remote
     from proxy.repository import Backup
-
-HealthCheck: TypeAlias = Callable[[Task, str, Remote, str, Sequence[str]], Awaitable[None]]
-"""Tries out a backup: below a task, on the remote of this id, by its own id, a VM with these
-tags."""
+    from proxy.tasks import Task
 
 
 class VmMirror:
@@ -49,7 +48,7 @@ class VmMirror:
         *,
         run_id: str,
         options: CopyOptions,
-        check: HealthCheck | None = None,
+        checks: HealthChecks,
     ) -> None:
         self._task = task
         self._job = job
@@ -58,7 +57,7 @@ class VmMirror:
         self._remotes = remotes
         self._run_id = run_id
         self._options = options
-        self._check = check
+        self._checks = checks
         self._done: set[str] = set()
         """Remotes that have everything."""
         self._attempts = 0
@@ -260,7 +259,7 @@ class VmMirror:
         target = RemoteTarget(
             remote_id,
             remote,
-            writing_settings(settings),
+            settings.writing(),
             lock,
             vm_uuid=self._vm_uuid,
             job_id=self._job.id,
@@ -349,16 +348,29 @@ class VmMirror:
         return broken
 
     async def _try_out(self, targets: Sequence[MirrorTarget]) -> None:
-        """The health check of the last backup that each remote got."""
-        if self._check is None:
-            return
-        if all(target.newest is None for target in targets):
+        """The health check of the last backup that each remote got, if its settings ask for one.
+
+        What goes wrong is in the log of the check: the backups are there.
+        """
+        asked = [each for each in targets if each.target.settings.health_check_sr is not None]
+        if asked and all(target.newest is None for target in asked):
             self._task.info("No healthCheck needed because no data was transferred.")
-        for target in targets:
-            newest = target.newest
-            if newest is not None:
-                try:
-                    tags = newest.vm.tags or []
-                    await self._check(self._task, target.id, target.remote, newest.id, tags)
-                except ProxyError as error:
-                    target.errors.append(error)
+        async with trio.open_nursery() as nursery:
+            for target in asked:
+                newest = target.newest
+                if newest is None:
+                    continue
+                check = health_check.wanted(target.target.settings, newest.vm.tags or [])
+                if check is None:
+                    nursery.start_soon(health_check.tell_filtered, self._task)
+                else:
+                    nursery.start_soon(
+                        partial(
+                            self._checks.of_backup,
+                            self._task,
+                            check,
+                            target.remote,
+                            newest.id,
+                            id=target.id,
+                        )
+                    )

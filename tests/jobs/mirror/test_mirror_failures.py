@@ -8,13 +8,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import trio
 
 from proxy.errors import Refused, Unreachable
-from proxy.jobs.mirror import mirror_run
 from proxy.remotes.faults import Call, Fail, Gate
 from proxy.repository import lock_vm
 from tests.jobs.conftest import House, Outcome
@@ -26,7 +24,6 @@ from .mirrors import (
     disks_of,
     house_with,
     messages,
-    metadata,
     mirror,
     mirror_request,
     times,
@@ -446,28 +443,3 @@ async def test_the_export_rate_is_kept(tmp_path: Path, stock: Stock) -> None:
         settings: dict[str, Any] = {"exportRetention": 1, "maxExportRate": moved * 0.6}
         assert (await mirror(house, "remote1", settings=settings)).status == "success"
         assert trio.current_time() - began > 0.5
-
-
-async def test_the_health_check_gets_the_last_backup_of_each_remote(
-    tmp_path: Path, stock: Stock
-) -> None:
-    seen: list[tuple[str, str]] = []
-
-    async def check(task: Any, remote_id: str, remote: Any, backup_id: str, tags: Any) -> None:
-        del task, tags
-        await remote.stat(backup_id)
-        seen.append((remote_id, backup_id))
-
-    async def run(services: Any, job: Any, root: Any) -> None:
-        await mirror_run.run_mirror_job(services, job, root, check=check)
-
-    async with house_with(stock, tmp_path) as house:
-        with mock.patch("proxy.jobs.services.run_mirror_job", run):
-            await mirror(house, "remote1", "remote2")
-            assert seen == [(each, house.backups(each)[-1]) for each in ("remote1", "remote2")]
-            outcome = await mirror(house, "remote1")
-        assert messages(outcome) == [
-            "No new data to upload for this VM",
-            "No healthCheck needed because no data was transferred.",
-        ]
-        assert len(metadata(house, "remote1")) == 4

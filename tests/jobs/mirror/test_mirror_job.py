@@ -115,6 +115,7 @@ def test_a_wrong_part_is_named(given: dict[str, Any], part: str, named: str) -> 
         ({"": {"timeout": "long"}}, "timeout"),
         ({"R1": {"deleteFirst": 1}}, "deleteFirst"),
         ({"": {"whatIsThis": 1}}, "whatIsThis"),
+        ({"": {"healthCheckTimeout": "soon"}}, "healthCheckTimeout"),
         ({"R2": {"whatIsThis": 1}}, "whatIsThis of R2"),
         ({"": {"longTermRetention": {"hourly": {"retention": 1}}, "timezone": "UTC"}}, "hourly"),
         ({"": {"longTermRetention": {"daily": {"retention": 1}}}}, "time zone"),
@@ -142,8 +143,7 @@ def test_a_wrong_setting_of_a_vm_fails_that_vm() -> None:
     assert job.vm("other").export_retention == 3
 
 
-@pytest.mark.parametrize("settings", [{"healthCheckSr": "sr"}])
-def test_what_is_not_there_yet_is_refused(settings: dict[str, Any]) -> None:
-    error = refusal({"": settings})
-    assert error.code == "ENOTSUP"
-    assert next(iter(settings)) in error.message
+def test_health_checks_are_asked_for_at_the_job_and_its_remotes() -> None:
+    job = understood({"": {"healthCheckSr": "a"}, "R2": {"healthCheckSr": "b"}})
+    assert job.health_check_srs() == {"a", "b"}
+    assert understood().health_check_srs() == set()
