@@ -14,6 +14,8 @@ from proxy.jobs.incremental_restore import restore_incremental
 from proxy.jobs.metadata_job import understand_metadata
 from proxy.jobs.metadata_restore import read_configuration, restore_pool
 from proxy.jobs.metadata_run import run_metadata_job
+from proxy.jobs.mirror.mirror_job import understand_mirror
+from proxy.jobs.mirror.mirror_run import run_mirror_job
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from proxy.config import Config
     from proxy.jobs.metadata_job import MetadataJob
     from proxy.jobs.metadata_restore import MetadataRestoreRequest
+    from proxy.jobs.mirror.mirror_job import MirrorJob
     from proxy.jobs.requests import VmJob
     from proxy.jobs.verify_run import VerifyRequest
     from proxy.remotes import Remote
@@ -154,7 +157,7 @@ class Services:
 
     def _runner(
         self, request: BackupRequest
-    ) -> tuple[VmJob | MetadataJob, Callable[[Task], Awaitable[None]]]:
+    ) -> tuple[VmJob | MetadataJob | MirrorJob, Callable[[Task], Awaitable[None]]]:
         """The job as understood, and the work of its root task."""
         backups = self.config.backups
         if request.job.get("type") == "metadataBackup":
@@ -162,7 +165,11 @@ class Services:
                 request, backups.default_settings, backups.metadata.default_settings
             )
             return metadata_job, lambda root: run_metadata_job(self, metadata_job, root)
-        job = understand(request, [backups.default_settings, backups.vm.default_settings])
+        defaults = [backups.default_settings, backups.vm.default_settings]
+        if request.job.get("type") == "mirrorBackup":
+            mirror_job = understand_mirror(request, defaults)
+            return mirror_job, lambda root: run_mirror_job(self, mirror_job, root)
+        job = understand(request, defaults)
         return job, lambda root: run_vm_job(self, job, root)
 
     async def start_restore(self, request: RestoreRequest) -> Task:
