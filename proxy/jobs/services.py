@@ -21,7 +21,12 @@ from proxy.jobs.sweep import Sweeper
 from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
-from proxy.remotes.factory import RemoteOptions, opened_remote, refuse_missing
+from proxy.remotes.factory import (
+    RemoteOptions,
+    may_be_encrypted,
+    opened_remote,
+    refuse_missing,
+)
 from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
@@ -84,8 +89,8 @@ class Services:
     ) -> AsyncIterator[Remote]:
         """An open remote for the block; shared with whoever gives the same record.
 
-        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so: who only
-        looks makes nothing.
+        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so, and an
+        empty remote is not set up for its encryption key: who only looks makes nothing.
         """
         config = self.config
         options = RemoteOptions(
@@ -96,6 +101,8 @@ class Services:
             use_sudo=config.remote_options.use_sudo,
             operation_seconds=config.remote_options.timeout,
             parallel_operations=config.remote_options.max_parallel_operations,
+            # a part of the key below, but for remotes where it makes no difference
+            set_up=create or not may_be_encrypted(spec),
         )
         if not create:
             await refuse_missing(spec, options=options)
@@ -231,7 +238,7 @@ class Services:
                 pass
 
         async def work(root: Task) -> Any:
-            async with self.remote(request.remote) as remote:
+            async with self.remote(request.remote, create=False) as remote:
                 if not of_pool or spec is None:
                     root.handed_out = await read_configuration(remote, path, metadata)
                     return None

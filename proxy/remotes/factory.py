@@ -57,6 +57,8 @@ class RemoteOptions:
     """How long one operation may be silent; 0: for ever."""
     parallel_operations: int = 16
     """How many operations run at once on one remote."""
+    set_up: bool = True
+    """Set an empty remote up for its encryption key.  Who only looks does not."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
@@ -67,7 +69,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     nothing stays open.
 
     An encrypted one is opened by its ``encryptionKey`` (:func:`proxy.remotes.unlocking.unlocked`
-    says what it raises), and an empty one is set up for it.
+    says what it raises), and an empty one is set up for it if ``options.set_up``.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
@@ -85,7 +87,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     key = key_of(merged)
     storage = await _open_storage(parsed, merged, options)
     try:
-        return await unlocked(storage, key)
+        return await unlocked(storage, key, set_up=options.set_up)
     except BaseException:
         with undo_within("closing the remote", _CLOSE_SECONDS):
             await storage.aclose()
@@ -116,6 +118,11 @@ async def _open_storage(
         directory_mode=options.directory_mode,
         seconds=options.open_seconds,
     )
+
+
+def may_be_encrypted(spec: Mapping[str, Any]) -> bool:
+    """Whether ``spec`` brings a key, as far as can be said without understanding it."""
+    return spec.get("encryptionKey") is not None or "encryptionKey" in str(spec.get("url"))
 
 
 async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> None:
