@@ -21,12 +21,8 @@ from proxy.jobs.sweep import Sweeper
 from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
-from proxy.remotes.factory import (
-    RemoteOptions,
-    may_be_encrypted,
-    opened_remote,
-    refuse_missing,
-)
+from proxy.remotes.factory import RemoteOptions, opened_remote, refuse_missing
+from proxy.remotes.unlocking import look, settle
 from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
@@ -101,14 +97,14 @@ class Services:
             use_sudo=config.remote_options.use_sudo,
             operation_seconds=config.remote_options.timeout,
             parallel_operations=config.remote_options.max_parallel_operations,
-            # a part of the key below, but for remotes where it makes no difference
-            set_up=create or not may_be_encrypted(spec),
+            set_up=False,
         )
         if not create:
             await refuse_missing(spec, options=options)
         async with self._remotes.use(
             _key(spec, options), lambda: self.traffic.counted(spec, opened_remote, options)
         ) as remote:
+            await (settle(remote) if create else look(remote))
             yield remote
 
     def xapi(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Xapi]:

@@ -58,7 +58,8 @@ class RemoteOptions:
     parallel_operations: int = 16
     """How many operations run at once on one remote."""
     set_up: bool = True
-    """Set an empty remote up for its encryption key.  Who only looks does not."""
+    """Set an empty remote up for its encryption key; else
+    :func:`proxy.remotes.unlocking.settle` does."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
@@ -118,11 +119,6 @@ async def _open_storage(
         directory_mode=options.directory_mode,
         seconds=options.open_seconds,
     )
-
-
-def may_be_encrypted(spec: Mapping[str, Any]) -> bool:
-    """Whether ``spec`` brings a key, as far as can be said without understanding it."""
-    return spec.get("encryptionKey") is not None or "encryptionKey" in str(spec.get("url"))
 
 
 async def refuse_missing(spec: Mapping[str, Any], *, options: RemoteOptions) -> None:

@@ -15,9 +15,9 @@ The table of Xen Orchestra's outcomes is kept where it protects data.  Otherwise
   the folders of backups, each asked by name, are not there either;
 - files that are replaced on an empty remote stay beside it under hidden names: if that was not
   the remote, or somebody was still writing with the former key, they bring it back;
-- who only looks (``set_up=False``) writes nothing.  A remote that is empty and nobody's yet then
-  opens as what it is, and is looked at again before each operation (:class:`_Unclaimed`); one
-  that is empty but set up for another key is that error.
+- who only looks writes nothing: what one opening serves both, those who look and those who write
+  (``set_up=False``), lets the latter call :func:`settle`.  Until then a remote that is empty and
+  nobody's is what it is; one that is empty but set up for another key is that error.
 
 A crash between the two writes: ``metadata.json`` is first, and alone it says "the default
 algorithm, this key", to Xen Orchestra too; the next opening that may write writes the other one.
@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import structlog
+import trio
 
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused, Unauthorized, Unreachable
 from proxy.formats.encrypted import DEFAULT, Algorithm, FileCipher
@@ -102,32 +103,46 @@ def key_of(record: Mapping[str, Any]) -> str | None:
 async def unlocked(remote: Remote, key: str | None, *, set_up: bool = True) -> Remote:
     """``remote`` itself when it is not encrypted, else around it what decrypts.
 
-    An empty remote is set up for the key if ``set_up``; else nothing is written, and while the
-    remote is nobody's nothing can be.  ``Unauthorized`` (``EAUTH``): a key is missing or wrong.
-    ``Conflict`` (``ENOTEMPTY``): a key for a remote that holds plain data.  ``Refused``
-    (``BAD_ALGORITHM``): an algorithm that is not known, or no key at all.  ``Corrupt``: a file
-    of the two is damaged.  Any error of the storage is that error.  Nothing was changed then.
+    An empty remote is set up for the key if ``set_up``; else that is left to :func:`settle`, and
+    until then nothing can be written while it is nobody's.  ``Unauthorized`` (``EAUTH``): a key is
+    missing or wrong.  ``Conflict`` (``ENOTEMPTY``): a key for a remote that holds plain data.
+    ``Refused`` (``BAD_ALGORITHM``): an algorithm that is not known, or no key at all.  ``Corrupt``:
+    a file of the two is damaged.  Any error of the storage is that error.  Nothing was changed
+    then.
     """
     roots = await _Roots.read(remote)
     if key is None:
         roots.refuse_without_key()
         return remote
+    if set_up:
+        return Encrypted(remote, await _settled(roots, key))
     cipher = roots.opened_by(key)
     if cipher is None:
         await roots.refuse_unless_empty(key)
-        if not set_up:
-            roots.refuse_anothers(key)
-            return _Unclaimed(remote, key, roots)
+    elif roots.is_described:
+        return Encrypted(remote, _accepted(remote, cipher))
+    return _Unsettled(remote, key, roots, cipher)
+
+
+async def _settled(roots: _Roots, key: str) -> FileCipher:
+    """What decrypts the remote, whose two files are there then."""
+    cipher = roots.opened_by(key)
+    if cipher is None:
+        await roots.refuse_unless_empty(key)
         cipher = await _set_up(roots, key)
-    elif set_up and (roots.description is None or roots.algorithm == _CUT):
+    elif not roots.is_described:
         await _describe_again(roots, cipher)
+    return _accepted(roots.remote, cipher)
+
+
+def _accepted(remote: Remote, cipher: FileCipher) -> FileCipher:
     if not cipher.algorithm.is_authenticated:
         _log.warning(
             "the encryption of this remote does not notice changed files",
             remote=remote.url,
             algorithm=cipher.algorithm.value,
         )
-    return Encrypted(remote, cipher)
+    return cipher
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +181,10 @@ class _Roots:
             f" {DESCRIPTION} and {PROBE} first",
             data={"algorithm": self.algorithm[:40]},
         )
+
+    @property
+    def is_described(self) -> bool:
+        return self.description is not None and self.algorithm != _CUT
 
     # -- with a key ----------------------------------------------------------------------------
 
@@ -276,31 +295,74 @@ class _Roots:
         return found
 
 
-class _Unclaimed(Wrapper):
-    """An empty remote that nobody has set up yet, for who only looks.
+class _Unsettled(Wrapper):
+    """A remote that lacks one of the two files or both, for users of whom some only look.
 
-    Before each operation it is looked at whether somebody has meanwhile: from then on it is what
-    that made of it.
+    While it is nobody's, it is looked at before each operation whether somebody has set it up
+    meanwhile: from then on it is what that made of it.
     """
 
-    def __init__(self, storage: Remote, key: str, roots: _Roots) -> None:
-        super().__init__(Encrypted(storage, FileCipher(roots.chosen(), key)))
+    def __init__(self, storage: Remote, key: str, roots: _Roots, cipher: FileCipher | None) -> None:
+        super().__init__(Encrypted(storage, cipher or FileCipher(roots.chosen(), key)))
         self._storage = storage
         self._key = key
-        self._is_claimed = False
+        self._opens = cipher is not None
+        self._settling = trio.Lock()
+        self._is_settled = False
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
-        if not self._is_claimed and operation.verb != "aclose":
-            roots = await _Roots.read(self._storage)
-            cipher = roots.opened_by(self._key)
-            if cipher is not None:
-                self.inner = Encrypted(self._storage, cipher)
-                self._is_claimed = True
-            else:
-                await roots.refuse_unless_empty(self._key)
-                roots.refuse_anothers(self._key)
+        if not self._opens and operation.verb != "aclose":
+            await self.look()
+            if not self._opens:
                 _refuse_change(operation)
         return await run()
+
+    async def look(self) -> None:
+        """Raise as :func:`unlocked` does, and when it is empty but another key's."""
+        if self._opens:
+            return
+        roots = await _Roots.read(self._storage)
+        cipher = roots.opened_by(self._key)
+        if cipher is not None:
+            self._opened_by(cipher)
+        else:
+            await roots.refuse_unless_empty(self._key)
+            roots.refuse_anothers(self._key)
+
+    async def settle(self) -> None:
+        """Write what is missing.  Several at once are fine."""
+        async with self._settling:
+            if not self._is_settled:
+                roots = await _Roots.read(self._storage)
+                self._opened_by(await _settled(roots, self._key))
+                self._is_settled = True
+
+    def _opened_by(self, cipher: FileCipher) -> None:
+        if not self._opens:
+            self.inner = Encrypted(self._storage, cipher)
+            self._opens = True
+
+
+def _unsettled(remote: Remote) -> _Unsettled | None:
+    while isinstance(remote, Wrapper):
+        if isinstance(remote, _Unsettled):
+            return remote
+        remote = remote.inner
+    return None
+
+
+async def settle(remote: Remote) -> None:
+    """Set up what was opened without: for those who are about to write.  Nothing where it is
+    settled.  Raises what :func:`unlocked` does."""
+    if (found := _unsettled(remote)) is not None:
+        await found.settle()
+
+
+async def look(remote: Remote) -> None:
+    """For those who only look at what was opened without setting up: ``Unauthorized`` when it is
+    empty, but was set up for another key."""
+    if (found := _unsettled(remote)) is not None:
+        await found.look()
 
 
 def _refuse_change(operation: Operation) -> None:

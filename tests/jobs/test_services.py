@@ -178,6 +178,7 @@ async def test_who_only_looks_sets_no_encrypted_remote_up(house: House) -> None:
         await delete_backups(looking, ["/xo-vm-backups/vm/20260101T000000Z.json"])
         assert contents(folder) == {}
         async with house.services.remote(spec) as writing:
+            assert writing is looking
             before = contents(folder)
             assert sorted(before) == ["encryption.json", "metadata.json"]
             await writing.write_file("f.test2", b"x")
@@ -187,15 +188,6 @@ async def test_who_only_looks_sets_no_encrypted_remote_up(house: House) -> None:
             async with house.services.remote(other, create=False):
                 pass
         assert contents(folder) == before
-
-
-async def test_without_a_key_who_looks_and_who_writes_share_a_remote(house: House) -> None:
-    spec = house.remote_spec("remote1")
-    async with (
-        house.services.remote(spec) as one,
-        house.services.remote(spec, create=False) as other,
-    ):
-        assert one is other
 
 
 async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> None:

@@ -28,7 +28,7 @@ from proxy.remotes.encryption import Encrypted, algorithm_of
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.local import LocalRemote
 from proxy.remotes.recording import Recording, crash_states
-from proxy.remotes.unlocking import unlocked
+from proxy.remotes.unlocking import look, settle, unlocked
 from proxy.remotes.wrapper import Wrapper
 from proxy.runtime.secrets import scrub_text
 from tests.remotes.conftest import KEY, OPTIONS, tree
@@ -347,6 +347,45 @@ async def test_who_looks_sees_what_is_set_up_meanwhile(
             assert algorithm_of(remote) is algorithm_of(other)
             await remote.write_file("f", b"x")
             assert await other.read_file("f") == b"x"
+
+
+async def test_one_opening_serves_those_who_look_and_those_who_write(root: Path) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        await look(remote)
+        assert tree(root) == []
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(settle, remote)
+        assert tree(root) == BOTH
+        before = content(root)
+        await settle(remote)
+        assert content(root) == before
+        await remote.write_file("f", b"x")
+        await look(remote)
+    assert await opening(root, RIGHT)
+
+
+async def test_an_opening_that_only_looked_gives_an_empty_remote_another_key(root: Path) -> None:
+    """When somebody wants to write."""
+    place(root, {BOTH[0]: CHACHA, BOTH[1]: whole_probe(key=WRONG)})
+    async with looked_at(root, RIGHT) as remote:
+        with pytest.raises(Unauthorized, match="with another encryption key"):
+            await look(remote)
+        await settle(remote)
+        await remote.write_file("f", b"x")
+    assert await opening(root, RIGHT)
+    await refusal(root, WRONG, Unauthorized)
+
+
+async def test_an_opening_that_only_looked_repairs_when_somebody_wants_to_write(root: Path) -> None:
+    place(root, {BOTH[1]: probe()}, data=True)
+    async with looked_at(root, RIGHT) as remote:
+        await look(remote)
+        await remote.list("")
+        assert not (root / BOTH[0]).exists()
+        await settle(remote)
+    assert (root / BOTH[0]).read_bytes() == CHACHA
 
 
 async def test_who_looks_is_told_of_another_key_that_came_meanwhile(root: Path) -> None:
