@@ -6,24 +6,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from proxy.jobs.disk_snapshots import chain_length, newest_exported
-from proxy.repository.parents import NoParent, Parent, find_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from proxy.jobs.disk_snapshots import DiskSnapshot, Group
-    from proxy.jobs.targets import RemoteTarget
-    from proxy.remotes import Remote
-    from proxy.repository.damage import Damage, DamageNotes
+    from proxy.jobs.target import Target
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A snapshot that every target has, and where on each."""
+    """A snapshot that every target has."""
 
     snapshot: DiskSnapshot
-    parents: Mapping[str, Parent]
-    """By the target's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +36,9 @@ Choice = Base | Whole
 async def choose(
     disks: Sequence[str],
     groups: Sequence[Group],
-    targets: Sequence[RemoteTarget],
+    targets: Sequence[Target],
     *,
-    vm_uuid: str,
-    job_id: str,
     full_interval: int,
-    damage: Callable[[Remote], DamageNotes],
 ) -> dict[str, Choice]:
     """For each live disk (uuid) what it is backed up from.
 
@@ -61,44 +53,40 @@ async def choose(
         return dict.fromkeys(disks, why)
     length = chain_length(group)
     by_disk = {one.source_uuid: one for one in group}
+    due = bool(full_interval) and full_interval <= length + 1
+    known = {disk: by_disk[disk] for disk in disks if disk in by_disk}
+    refused = {} if due else await _refused(known, targets)
     found: dict[str, Choice] = {}
-    damaged = {target.id: await damage(target.remote).all() for target in targets}
     for disk in disks:
-        snapshot = by_disk.get(disk)
-        if snapshot is None:
+        if disk not in known:
             found[disk] = Whole(
                 "NEW_DISK",
                 "the disk is not in the last exported snapshot",
                 {"snapshot": group[0].datetime},
             )
-        elif full_interval and full_interval <= length + 1:
+        elif due:
             found[disk] = Whole(
                 "FULL_INTERVAL",
                 f"a key backup is due after {length} deltas",
                 {"fullInterval": full_interval, "chainLength": length},
             )
         else:
-            found[disk] = await _on_all(snapshot, disk, targets, damaged, vm_uuid, job_id)
+            found[disk] = refused.get(disk) or Base(known[disk])
     return found
 
 
-async def _on_all(
-    snapshot: DiskSnapshot,
-    disk: str,
-    targets: Sequence[RemoteTarget],
-    damaged: Mapping[str, Mapping[str, Damage]],
-    vm_uuid: str,
-    job_id: str,
-) -> Choice:
-    parents: dict[str, Parent] = {}
+async def _refused(
+    snapshots: Mapping[str, DiskSnapshot], targets: Sequence[Target]
+) -> dict[str, Whole]:
+    """The disks that some target has no base of: the first that says so counts."""
+    left = dict(snapshots)
+    refused: dict[str, Whole] = {}
     for target in targets:
-        parent = await find_parent(
-            target.remote, vm_uuid, job_id, disk, snapshot.uuid, damaged=damaged[target.id]
-        )
-        if isinstance(parent, NoParent):
-            return Whole(parent.reason, parent.message, {**parent.evidence, "remote": target.id})
-        parents[target.id] = parent
-    return Base(snapshot, parents)
+        for disk, refusal in (await target.find_bases(left)).items():
+            evidence = {**refusal.evidence, "remote": target.id}
+            refused[disk] = Whole(refusal.reason, refusal.message, evidence)
+            del left[disk]
+    return refused
 
 
 def describe(choices: Mapping[str, Choice], got: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

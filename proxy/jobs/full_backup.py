@@ -13,10 +13,8 @@ from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.targets import FullCopy, RemoteTarget, now_ms, to_try_again, write_full
-from proxy.jobs.traffic import told
+from proxy.jobs.target import FullCopy, now_ms, to_try_again
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
-from proxy.repository import clean_vm
 from proxy.runtime.buffers import BufferPool
 from proxy.runtime.deadlines import undo_within
 from proxy.xapi import ownership, vms
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from proxy.jobs.copying import Consumer
+    from proxy.jobs.target import Target
     from proxy.tasks import Task
     from proxy.xapi import Xapi
 
@@ -35,7 +34,7 @@ _BUFFERS = 6
 _MIB = 1024 * 1024
 
 
-async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> list[str]:
+async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> list[str]:
     """One attempt; the caller holds the targets' locks.  Returns the ids of targets that failed.
 
     Raises when the VM has no backup from this attempt at all.  After a failure or a cancel
@@ -46,16 +45,14 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget])
     except Exception:
         # Not after a cancel or a time limit: then nothing more is begun.
         if not task.cancel_requested:
-            await _clean(task, backup, targets)
+            await _clean(task, targets)
         raise
     if not task.cancel_requested:
-        await _clean(task, backup, targets)
+        await _clean(task, targets)
     return failed
 
 
-async def _with_the_vm_kept(
-    task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]
-) -> list[str]:
+async def _with_the_vm_kept(task: Task, backup: VmBackup, targets: Sequence[Target]) -> list[str]:
     """The part of an attempt during which the VM must not move."""
     async with block_migration(backup.xapi, backup.vm_ref):
         await ownership.reset_keys(backup.xapi, backup.vm_ref)
@@ -70,7 +67,7 @@ async def _with_the_vm_kept(
 async def _snapshot_and_export(
     task: Task,
     backup: VmBackup,
-    targets: Sequence[RemoteTarget],
+    targets: Sequence[Target],
     start_now: Callable[[], Awaitable[None]],
 ) -> list[str]:
     if not _needs_snapshot(backup, await vms.disks(backup.xapi, backup.vm)):
@@ -129,7 +126,7 @@ async def _export(
     backup: VmBackup,
     ref: str,
     exported: dict[str, Any],
-    targets: Sequence[RemoteTarget],
+    targets: Sequence[Target],
 ) -> list[str]:
     """Read the export once into every target; the ids of those that are to be tried again.
 
@@ -174,15 +171,14 @@ async def _export(
 
 async def _one_target(
     task: Task,
-    target: RemoteTarget,
+    target: Target,
     copy: FullCopy,
     consumer: Consumer,
     errors: dict[str, Exception],
 ) -> None:
     try:
-        async with task.child("export", id=target.id, type="remote", isFull=True) as export:
-            with told(export, target.remote):
-                await write_full(export, target, copy, consumer)
+        async with target.export(task, is_full=True) as export:
+            await target.write_full(export, copy, consumer)
     except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
         errors[target.id] = error
     finally:
@@ -202,14 +198,6 @@ async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:
     return total
 
 
-async def _clean(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> None:
+async def _clean(task: Task, targets: Sequence[Target]) -> None:
     for target in targets:
-        try:
-            async with task.child("clean-vm") as clean:
-                # We hold the directory: whoever wrote an unfinished file in it is dead.
-                with told(clean, target.remote):
-                    clean.result = await clean_vm(
-                        target.remote, backup.uuid, lock=target.lock, warn=clean.warning, min_age=0
-                    )
-        except ProxyError:
-            continue  # in the log of the clean; the backup itself is not touched by it
+        await target.clean(task, merge=False)

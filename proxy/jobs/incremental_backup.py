@@ -9,24 +9,19 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from proxy.disks.disk import block_pool
-from proxy.disks.opening import open_chain
 from proxy.disks.qcow2_stream import Qcow2Stream
-from proxy.errors import ProxyError
-from proxy.formats.vhd import BLOCK_SIZE
+from proxy.errors import ProxyError, Refused
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
 from proxy.jobs.disk_copying import DiskFanOut
 from proxy.jobs.disk_snapshots import destroy_group, expired_groups, list_disk_snapshots
 from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disks
-from proxy.jobs.incremental_target import DiskPart, IncrementalCopy, IncrementalTarget, Progress
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.targets import RemoteTarget, now_ms, to_try_again
-from proxy.jobs.traffic import told
+from proxy.jobs.target import DiskPart, IncrementalCopy, Progress, now_ms, to_try_again
 from proxy.jobs.undo import undo_step
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
-from proxy.repository import clean_vm
 from proxy.runtime.deadlines import undo_within
 from proxy.xapi import cbt, ownership, vms
 from proxy.xapi.migration import block_migration
@@ -34,9 +29,11 @@ from proxy.xapi.snapshots import NO_BACKUP
 from proxy.xapi.vdi_export import ExportOptions, VdiExport, export_vdi
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from proxy.disks.disk import RandomDisk
     from proxy.jobs.disk_snapshots import Group
+    from proxy.jobs.target import IncrementalWriter, Target
     from proxy.runtime.buffers import BufferPool
     from proxy.tasks import Task
 
@@ -45,7 +42,7 @@ _BUFFERS = 10
 """Of 2 MiB, per VM over all its disks: four read ahead, the others in codecs and on disks."""
 
 
-async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> list[str]:
+async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> list[str]:
     """One attempt; the caller holds the targets' locks.  Returns the ids of targets that failed.
 
     Raises when the VM has no backup from this attempt at all.  After a failure or a cancel
@@ -54,7 +51,7 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget])
     the next base, also when the run is cancelled then.
     """
     for target in targets:
-        await _clean(task, backup, target)
+        await target.clean(task, merge=True)
     attempt = _Attempt(task, backup, targets)
     broken: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -69,39 +66,10 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[RemoteTarget])
     return attempt.outcome()
 
 
-async def _clean(parent: Task, backup: VmBackup, target: RemoteTarget) -> None:
-    """Merge and remove what no backup needs.  Its failure stands in the log and stops nothing."""
-    with contextlib.suppress(ProxyError):
-        async with parent.child("clean-vm") as clean:
-
-            @contextlib.asynccontextmanager
-            async def merging(chain: Sequence[str]) -> AsyncIterator[Callable[[int, int], None]]:
-                del chain
-                async with clean.child("merge") as merge:
-
-                    def moved(done: int, total: int) -> None:
-                        merge.progress(done * BLOCK_SIZE, total * BLOCK_SIZE)
-
-                    with told(merge, target.remote):
-                        yield moved
-                    merge.complete_progress()
-
-            with told(clean, target.remote):
-                clean.result = await clean_vm(
-                    target.remote,
-                    backup.uuid,
-                    lock=target.lock,
-                    warn=clean.warning,
-                    min_age=0,  # we hold the directory: who wrote an unfinished file in it is dead
-                    merge=True,
-                    progress=merging,
-                )
-
-
 class _Attempt:
     """One attempt at one VM."""
 
-    def __init__(self, task: Task, backup: VmBackup, targets: Sequence[RemoteTarget]) -> None:
+    def __init__(self, task: Task, backup: VmBackup, targets: Sequence[Target]) -> None:
         self._task = task
         self._backup = backup
         self._targets = targets
@@ -111,7 +79,7 @@ class _Attempt:
         """The pool's side is done: targets clean, and end."""
         self._ended: dict[str, trio.Event] = {target.id: trio.Event() for target in targets}
         """Set when a target has its backup, or failed."""
-        self._runs: list[IncrementalTarget] = []
+        self._runs: list[IncrementalWriter] = []
         self._fan_outs: list[DiskFanOut] = []
         self._stored = backup.stored
         self._ways: dict[str, dict[str, Any]] = {}
@@ -146,10 +114,7 @@ class _Attempt:
                 disks,
                 groups,
                 self._targets,
-                vm_uuid=backup.uuid,
-                job_id=backup.job.id,
                 full_interval=int(backup.settings.full_interval),
-                damage=backup.damage,
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
             await self._prune(include_unfinished=True)
@@ -278,9 +243,9 @@ class _Attempt:
         copy = self._copy(choices)
         is_full = not any(isinstance(choice, Base) for choice in choices.values())
         for target in self._targets:
-            run = IncrementalTarget(target, copy)
+            run = target.incremental(copy)
             self._runs.append(run)
-            await nursery.start(self._one_target, run, is_full)
+            await nursery.start(self._one_target, target, run, is_full)
         await self._read_disks(copy, choices)
         bases = {
             disk.ref: choice.snapshot.uuid
@@ -305,30 +270,24 @@ class _Attempt:
             await ended.wait()
 
     def _copy(self, choices: Mapping[str, Choice]) -> IncrementalCopy:
-        backup, settings = self._backup, self._backup.settings
-        parents = [
-            parent.name
-            for choice in choices.values()
-            if isinstance(choice, Base)
-            for parent in choice.parents.values()
-        ]
-        merged = settings.max_merged_deltas_per_run
+        backup = self._backup
+        deltas = [disk for disk, choice in choices.items() if isinstance(choice, Base)]
         return IncrementalCopy(
             vm_uuid=backup.uuid,
             job_id=backup.job.id,
             schedule_id=backup.job.schedule_id,
             timestamp=now_ms(),
-            newest_parent=max(parents, default="").partition(".")[0],
+            newest_parent=max(target.sorts_behind(deltas) for target in self._targets),
             stored=self._stored,
             codec=Compression(backup.defaults.vhd_directory_compression),
-            max_merged=None if merged is None else int(merged),
             progress=Progress(len(self._exported)),
             bottleneck=self._bottleneck,
         )
 
     async def _one_target(
         self,
-        run: IncrementalTarget,
+        target: Target,
+        run: IncrementalWriter,
         is_full: bool,
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -336,19 +295,16 @@ class _Attempt:
         ended = self._ended[run.id]
         started = False
         try:
-            async with self._task.child(
-                "export", id=run.id, isFull=is_full, type="remote"
-            ) as export:
+            async with target.export(self._task, is_full=is_full) as export:
                 task_status.started()
                 started = True
-                with told(export, run.target.remote):
-                    try:
-                        await run.run(export)
-                    finally:
-                        run.leave()
-                        ended.set()
-                    await self._released.wait()
-                    await _clean(export, self._backup, run.target)
+                try:
+                    await run.run(export)
+                finally:
+                    run.leave()
+                    ended.set()
+                await self._released.wait()
+                await target.clean(export, merge=True)
         except Exception as error:
             self._errors[run.id] = error
             if not started:
@@ -408,20 +364,22 @@ class _Attempt:
             )
             if base is not None and isinstance(opened.disk, Qcow2Stream) and opened.disk.partial:
                 # Its clusters are smaller than our blocks: the rest of a block is the base's.
-                target = self._targets[0]
-                stored = base.parents[target.id].path
-                opened.disk.parent = await stack.enter_async_context(
-                    open_chain(target.remote, stored)
-                )
+                opened.disk.parent = await self._open_base(exported.source_uuid, stack)
             self._note(copy, exported, base, opened)
             fan_out = DiskFanOut(opened.disk, pool.count, self._backup.rate)
             self._fan_outs.append(fan_out)
-            differencing = opened.disk.is_differencing
             for run in self._runs:
                 if not run.failed:
-                    parent = base.parents[run.id] if base is not None and differencing else None
-                    run.give(DiskPart(exported, opened.disk, parent, fan_out.consumer()))
+                    run.give(DiskPart(exported, opened.disk, fan_out.consumer()))
             await fan_out.run(pool)
+
+    async def _open_base(self, disk: str, stack: contextlib.AsyncExitStack) -> RandomDisk:
+        """The whole content of a base, from the first target where it can be read."""
+        for target in self._targets:
+            opening = target.open_base(disk)
+            if opening is not None:
+                return await stack.enter_async_context(opening)
+        raise Refused(f"no target can read the base of disk {disk}", code="ENOBASE")
 
     def _note(
         self,
@@ -479,5 +437,4 @@ class _Attempt:
             return "maxExportRate"
         if slowest == source:
             return "source"
-        directories = any(target.remote.use_vhd_directory for target in self._targets)
-        return "CPU" if directories else "target"
+        return "CPU" if any(target.encodes for target in self._targets) else "target"

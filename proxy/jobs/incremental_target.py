@@ -1,90 +1,39 @@
-"""One remote as the target of one VM's incremental backup."""
+"""Storing one incremental backup of a VM on a remote."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import trio
 
 from proxy.disks.writing import Shape
-from proxy.formats.vhd import BLOCK_SIZE, NO_UUID
+from proxy.formats.vhd import NO_UUID
 from proxy.jobs.copying import NoConsumers
-from proxy.jobs.targets import RemoteTarget, delete_old, plan_retention
+from proxy.jobs.remote_retention import delete_old, plan_retention
+from proxy.jobs.target import DiskPart, IncrementalCopy
 from proxy.repository.incremental_writer import open_incremental_backup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from proxy.disks.disk import Disk
-    from proxy.formats.vhd_directory import Compression
-    from proxy.jobs.disk_copying import DiskConsumer
-    from proxy.jobs.incremental_metadata import ExportedDisk
+    from proxy.jobs.remote_target import RemoteTarget
     from proxy.repository.incremental_writer import IncrementalBackupWriter
     from proxy.repository.parents import Parent
     from proxy.tasks import Task
 
 
-@dataclass(frozen=True, slots=True)
-class DiskPart:
-    """One disk on its way to one target."""
-
-    exported: ExportedDisk
-    disk: Disk
-    parent: Parent | None
-    consumer: DiskConsumer
-
-
-@dataclass(slots=True)
-class Progress:
-    """Bytes of all disks of a VM: known as each is opened."""
-
-    disks: int
-    opened: int = 0
-    total: int = 0
-
-    def add(self, disk: Disk) -> None:
-        self.opened += 1
-        self.total += len(disk.blocks) * BLOCK_SIZE
-
-    @property
-    def is_estimated(self) -> bool:
-        return self.opened < self.disks
-
-
-@dataclass(slots=True)
-class IncrementalCopy:
-    """What all targets of one incremental backup have in common."""
-
-    vm_uuid: str
-    job_id: str
-    schedule_id: str
-    timestamp: int
-    """Milliseconds."""
-    newest_parent: str
-    """Date name of the youngest parent of any disk: ours must sort behind it."""
-    stored: set[str]
-    """Receives the id of each target that has its backup, even if its task fails later."""
-    codec: Compression
-    """For the blocks of disks without parent, where the remote keeps directories."""
-    max_merged: int | None
-    progress: Progress
-    bottleneck: Callable[[], str]
-    metadata: Mapping[str, Any] | None = None
-    """Without the fields that differ between targets; set before the parts end."""
-    is_differencing: dict[str, bool] = field(default_factory=dict[str, bool])
-    """By the reference of each disk, as it was really exported."""
-
-
 class IncrementalTarget:
     """Stores the disks that it is given, then the metadata, on one remote."""
 
-    def __init__(self, target: RemoteTarget, copy: IncrementalCopy) -> None:
+    def __init__(
+        self, target: RemoteTarget, copy: IncrementalCopy, parents: Mapping[str, Parent]
+    ) -> None:
         self.target = target
         self.failed = False
         self._copy = copy
+        self._parents = parents
         self._send, self._parts = trio.open_memory_channel[DiskPart](float("inf"))
         self._ended = False
         self._complete = False
@@ -95,31 +44,26 @@ class IncrementalTarget:
         return self.target.id
 
     def give(self, part: DiskPart) -> None:
-        """One more disk.  Its consumer is left when this target fails."""
         if self.failed:
             part.consumer.leave()
             return
         self._send.send_nowait(part)
 
     def end(self, *, complete: bool) -> None:
-        """No more disks; unless ``complete`` nothing becomes a backup.  The first call counts."""
         if not self._ended:
             self._ended, self._complete = True, complete
             self._send.close()
 
     async def run(self, export: Task) -> None:
-        """Retention, transfer, metadata inside the ``export`` task.
-
-        Until the metadata is written a failure or a cancel leaves nothing on the remote.
-        """
         copy, settings = self._copy, self.target.settings
         old, tags = await plan_retention(
-            self.target, copy.vm_uuid, copy.schedule_id, copy.timestamp, mode="delta"
+            self.target, copy.schedule_id, copy.timestamp, mode="delta"
         )
+        most = settings.max_merged_deltas_per_run
         # The oldest few, and of these the youngest first: whatever is left stays a chain.
-        old = list(reversed(old if copy.max_merged is None else old[: copy.max_merged]))
+        old = list(reversed(old if most is None else old[: int(most)]))
         if settings.delete_first:
-            await delete_old(export, self.target, copy.vm_uuid, old)
+            await delete_old(export, old)
         async with open_incremental_backup(
             self.target.remote, copy.vm_uuid, copy.timestamp, after=copy.newest_parent
         ) as writer:
@@ -133,7 +77,7 @@ class IncrementalTarget:
             await writer.commit({**copy.metadata, "tags": tags})
         copy.stored.add(self.target.id)
         if not settings.delete_first:
-            await delete_old(export, self.target, copy.vm_uuid, old)
+            await delete_old(export, old)
 
     async def _store_parts(self, writer: IncrementalBackupWriter, transfer: Task) -> None:
         failures: list[Exception] = []
@@ -156,8 +100,8 @@ class IncrementalTarget:
             raise NoConsumers
 
     async def _store(self, writer: IncrementalBackupWriter, transfer: Task, part: DiskPart) -> None:
-        copy, parent, disk = self._copy, part.parent, part.disk
-        assert (parent is not None) == disk.is_differencing
+        copy, disk = self._copy, part.disk
+        parent = self._parents[part.exported.source_uuid] if disk.is_differencing else None
         shape = Shape(
             virtual_size=disk.virtual_size,
             order=disk.order,
@@ -188,7 +132,6 @@ class IncrementalTarget:
             await part.consumer.store(stored, moved)
 
     def leave(self) -> None:
-        """Give back what waits for a target that has ended."""
         self.failed = True
         while True:
             try:

@@ -16,17 +16,16 @@ from proxy.errors import NotFound, ProxyError
 from proxy.formats.pool_database import DatabaseCheck
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.opening import failed, open_remotes
-from proxy.jobs.rate_limit import RateLimit
-from proxy.jobs.targets import now_ms
+from proxy.jobs.run_limits import RunLimits
+from proxy.jobs.target import now_ms
 from proxy.jobs.traffic import told
 from proxy.repository import lock_metadata, open_metadata_backup, prune_metadata
 from proxy.repository.metadata_backup_paths import BINARY_DATA, config_directory, pool_directory
 from proxy.runtime.buffers import BufferPool
-from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from contextlib import AbstractAsyncContextManager
 
     from proxy.jobs.copying import Consumer
     from proxy.jobs.metadata_job import Configuration, MetadataJob
@@ -89,12 +88,13 @@ class _MetadataRun:
         self._root = root
         self._remotes = remotes
         settings = job.settings
-        self._rate = RateLimit(settings.max_export_rate)
         parts = len(job.pools) + (job.configuration is not None)
-        at_once = int(settings.concurrency)
-        self._slots = trio.Semaphore(at_once if at_once > 0 else parts)
-        self._ends_at = (
-            trio.current_time() + settings.timeout / 1000 if settings.timeout else float("inf")
+        self._limits = RunLimits(
+            root,
+            parts=parts,
+            concurrency=settings.concurrency,
+            rate=lambda: settings.max_export_rate,
+            timeout=settings.timeout,
         )
         self._copies = parts * len(remotes)
         self._copied = 0
@@ -130,12 +130,12 @@ class _MetadataRun:
                 async def feed(_: Task, writer: MetadataBackupWriter) -> None:
                     await writer.write(configuration.content)
 
-                with self._time_limit():
+                with self._limits.time_limit():
                     async with trio.open_nursery() as nursery:
                         for remote_id in self._remotes:
                             nursery.start_soon(self._copy, task, part, remote_id, feed)
 
-        await self._in_slot(("type", "xo"), begin, work)
+        await self._limits.in_slot(("type", "xo"), begin, work)
 
     async def pool(self, pool_uuid: str) -> None:
         """Store one pool's database on every remote; every end of it stands in the log."""
@@ -171,33 +171,10 @@ class _MetadataRun:
                         ),
                         keep=self._job.settings.retention_pool_metadata,
                     )
-                    with self._time_limit():
+                    with self._limits.time_limit():
                         await self._export(task, part, xapi, pool_uuid)
 
-        await self._in_slot(("id", pool_uuid), begin, work)
-
-    async def _in_slot(
-        self,
-        about: tuple[str, str],
-        begin: Callable[[], AbstractAsyncContextManager[Task]],
-        work: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Wait for a slot, then work.  A part that a cancel meets before has its task all the same.
-
-        ``about`` is a property by which that task is known.
-        """
-        name, value = about
-        try:
-            try:
-                async with self._slots:
-                    await work()
-            except trio.Cancelled:
-                if not any(child.properties.get(name) == value for child in self._root.children):
-                    async with begin():
-                        await trio.lowlevel.checkpoint()
-                raise
-        except Exception:  # noqa: BLE001, S110  in the log of the part's task
-            pass
+        await self._limits.in_slot(("id", pool_uuid), begin, work)
 
     def _xapi(self, pool_uuid: str) -> dict[str, Any]:
         request = self._job.request
@@ -205,10 +182,6 @@ class _MetadataRun:
         if spec is None:
             raise NotFound(f"no XAPI associated to {pool_uuid}", data={"id": pool_uuid})
         return dict(spec)
-
-    def _time_limit(self) -> AbstractContextManager[object]:
-        left = self._ends_at - trio.current_time()
-        return deadline("the job's timeout", 0.0 if left == float("inf") else max(left, 0.001))
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -220,7 +193,7 @@ class _MetadataRun:
         broken: ProxyError | None = None
         async with xapi.export_pool() as download:
             check = Check(DatabaseCheck(pool_uuid))
-            fan_out = FanOut(download, BufferPool(_BUFFERS, _BUFFER_SIZE), check, self._rate)
+            fan_out = FanOut(download, BufferPool(_BUFFERS, _BUFFER_SIZE), check, self._limits.rate)
             async with trio.open_nursery() as nursery:
                 for remote_id in self._remotes:
                     consumer = fan_out.target()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 
 from proxy.errors import Refused
+from proxy.jobs.rate_windows import RateWindow, rate_now
+from proxy.repository import old_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-_Number = int | float
+_Count = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -21,42 +23,48 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     cbt_destroy_snapshot_data: bool = False
     """Keep of an exported snapshot only the map of what changed since."""
     checkpoint_snapshot: bool = False
-    concurrency: _Number = 2
+    concurrency: _Count = 2
     """VMs at once; 0 is no limit."""
-    copy_retention: _Number = 0
+    copy_retention: _Count = 0
     delete_first: bool = False
-    disk_per_vm_concurrency: _Number = 0
+    disk_per_vm_concurrency: _Count = 0
     """Disks of one VM at once; 0 is no limit."""
     distribute_backups: bool = False
-    export_retention: _Number = 0
+    export_retention: _Count = 0
     """Backups kept on a remote, the new one included."""
-    full_interval: _Number = 0
+    full_interval: _Count = 0
     """Longest chain of a key backup and its deltas; 0 is no limit."""
-    get_remote_timeout: _Number = 300_000
+    get_remote_timeout: _Count = 300_000
     """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
     health_check_sr: str | None = None
     long_term_retention: dict[str, Any] = {}
-    max_export_rate: _Number = 0
+    max_export_rate: _Count = 0
     """Bytes per second over all VMs of the run; 0 is no limit."""
-    max_merged_deltas_per_run: _Number | None = None
+    max_export_rate_windows: tuple[RateWindow, ...] = ()
+    """Times at which another rate counts (:mod:`proxy.jobs.rate_windows`)."""
+    max_merged_deltas_per_run: _Count | None = None
     """Old incremental backups that one run removes at most, oldest first."""
     merge_backups_synchronously: bool = False
     """Known for Xen Orchestra's sake: merges are always part of the run here."""
-    n_retries_vm_backup_failures: int = 0
-    nbd_concurrency: _Number = 1
+    n_retries_vm_backup_failures: Annotated[int, msgspec.Meta(ge=0)] = 0
+    nbd_concurrency: _Count = 1
     """NBD connections for each disk."""
     offline_backup: bool = False
     offline_snapshot: bool = False
     prefer_nbd: bool | None = None
     """``None``: as ``xapiOptions.preferNbd`` says."""
     skip_delete_old_entries: bool = False
-    snapshot_retention: _Number = 0
-    timeout: _Number = 0
+    snapshot_retention: _Count = 0
+    timeout: _Count = 0
     """For the whole run; 0 is no limit."""
     timezone: str | None = None
     unconditional_snapshot: bool = False
-    vm_timeout: _Number = 0
+    vm_timeout: _Count = 0
     """For all attempts at one VM; 0 is no limit."""
+
+    def export_rate(self) -> Callable[[], float]:
+        """What says how many bytes per second the run may move now; 0 is no limit."""
+        return rate_now(self.max_export_rate, self.max_export_rate_windows, self.timezone)
 
 
 REPORT_KEYS = frozenset(
@@ -64,12 +72,15 @@ REPORT_KEYS = frozenset(
 )
 """Read by XO when it writes its report, not by a run."""
 
-DELTA_KEYS = frozenset({"useNbd", "validateVhdStreams"})
-"""``useNbd`` is the former name of ``preferNbd``; streams are always validated."""
+WITHOUT_EFFECT = {
+    "useNbd": "it was the former name of preferNbd, which counts",
+    "validateVhdStreams": "streams are always checked",
+}
+"""Keys that Xen Orchestra knows and nobody reads: told once, with the reason."""
 
 HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
 REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
-IGNORED = REPORT_KEYS | DELTA_KEYS | HEALTH_KEYS | REPLICATION_KEYS
+IGNORED = REPORT_KEYS | HEALTH_KEYS | REPLICATION_KEYS
 
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 
@@ -95,17 +106,41 @@ class SettingLevels:
         levels = [*self._base, self._job.get(vm_uuid), self._job.get(target_id)]
         return self._read(levels, target_id)
 
+    def refuse_wrong(self) -> None:
+        """Raise ``Refused`` for what is wrong at any level, and could only fail later.
+
+        What contradicts itself on one VM fails that VM, not the run: see
+        :func:`refuse_contradictions`.
+        """
+        self._check(self.run, "the job")
+        for where, level in self._job.items():
+            if where:
+                self._check(self._read([*self._base, level], where), where)
+
+    @staticmethod
+    def _check(settings: Settings, where: str) -> None:
+        try:
+            old_entries(0, [], settings.long_term_retention or None, settings.timezone)
+            settings.export_rate()
+        except Refused as error:
+            raise _invalid(where, error.message) from error
+
     def snapshot_retention(self, schedule_id: str, vm_uuid: str) -> int:
         """For the snapshots that ``schedule_id`` made, which may be another schedule's."""
         levels = [*self._base[:-1], self._job.get(schedule_id), self._job.get(vm_uuid)]
         return int(self._read(levels, schedule_id).snapshot_retention)
 
-    def unknown_keys(self) -> list[str]:
-        """Keys that mean nothing to any run, to be told once."""
+    def without_effect(self) -> list[str]:
+        """A sentence for each key that means nothing to any run, to be told once."""
         found: set[str] = set()
         for level in (*self._base, *self._job.values()):
             found.update(set(_level(level, "the job")) - KNOWN - IGNORED)
-        return sorted(found)
+        return [
+            f"the setting '{key}' has no effect: {WITHOUT_EFFECT[key]}"
+            if key in WITHOUT_EFFECT
+            else f"the setting '{key}' is not known and has no effect"
+            for key in sorted(found)
+        ]
 
     @staticmethod
     def _read(levels: Sequence[Any], where: str) -> Settings:

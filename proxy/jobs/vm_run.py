@@ -1,4 +1,4 @@
-"""A run over VMs: opens the targets, queues the VMs, retries what failed."""
+"""A run over VMs: opens the destinations, queues the VMs, retries what failed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import Busy, Canceled, Many, NotFound, ProxyError, Refused
+from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
+from proxy.jobs.attempts import try_targets
+from proxy.jobs.distribution import DistributedDestination
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.power import start_left_off
-from proxy.jobs.rate_limit import RateLimit
-from proxy.jobs.targets import RemoteTarget
+from proxy.jobs.remote_target import RemoteDestination
+from proxy.jobs.run_limits import RunLimits
 from proxy.jobs.vm_backup import Defaults, VmBackup, refuse_vm
-from proxy.repository import lock_vm
 from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.jobs.requests import VmJob
     from proxy.jobs.services import Services
     from proxy.jobs.settings import Settings
-    from proxy.remotes import Remote
+    from proxy.jobs.target import Destination, Target
     from proxy.tasks import Task
     from proxy.xapi import Xapi
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     """The work of a job's root task.  What fails inside a VM fails that VM's task only."""
     settings = job.settings.run
-    for key in job.settings.unknown_keys():
-        root.warning(f"the setting '{key}' is not known and has no effect")
+    for sentence in job.settings.without_effect():
+        root.warning(sentence)
     async with contextlib.AsyncExitStack() as stack:
         remotes = await open_remotes(
             services,
@@ -44,10 +45,15 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
             stack,
             seconds=settings.get_remote_timeout / 1000,
         )
-        if not remotes and settings.snapshot_retention == 0:
+        destinations: list[Destination] = [
+            RemoteDestination(key, remote) for key, remote in remotes.items()
+        ]
+        if settings.distribute_backups and len(destinations) > 1:
+            destinations = [DistributedDestination(destinations)]
+        if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
-        run = _VmRun(services, job, root, remotes)
+        run = _VmRun(services, job, root, destinations)
         async with trio.open_nursery() as nursery:
             for vm_uuid in job.vms:
                 nursery.start_soon(run.one_vm, vm_uuid)
@@ -57,40 +63,33 @@ class _VmRun:
     """The VMs of one run."""
 
     def __init__(
-        self, services: Services, job: VmJob, root: Task, remotes: dict[str, Remote]
+        self, services: Services, job: VmJob, root: Task, destinations: Sequence[Destination]
     ) -> None:
         self._services = services
         self._job = job
         self._root = root
-        self._remotes = remotes
+        self._destinations = {one.id: one for one in destinations}
         settings = job.settings.run
-        self._rate = RateLimit(settings.max_export_rate)
-        at_once = int(settings.concurrency)
-        self._slots = trio.Semaphore(at_once if at_once > 0 else max(1, len(job.vms)))
-        self._ends_at = (
-            trio.current_time() + settings.timeout / 1000 if settings.timeout else float("inf")
+        self._limits = RunLimits(
+            root,
+            parts=len(job.vms),
+            concurrency=settings.concurrency,
+            rate=settings.export_rate(),
+            timeout=settings.timeout,
         )
 
     async def one_vm(self, vm_uuid: str) -> None:
         """Wait for a slot, then back up one VM; every end of it stands in the log."""
-        try:
-            try:
-                async with self._slots:
-                    await self._in_slot(vm_uuid)
-            except trio.Cancelled:
-                if not any(c.properties.get("id") == vm_uuid for c in self._root.children):
-                    async with self._vm_task(vm_uuid, None):
-                        await trio.lowlevel.checkpoint()
-                raise
-        except Exception:  # noqa: BLE001, S110  in the log of the VM's task
-            pass
+        await self._limits.in_slot(
+            ("id", vm_uuid), partial(self._vm_task, vm_uuid, None), partial(self._back_up, vm_uuid)
+        )
 
     def _vm_task(self, vm_uuid: str, label: str | None) -> AbstractAsyncContextManager[Task]:
         named = {} if label is None else {"name_label": label}
         properties: dict[str, Any] = {"id": vm_uuid, "type": "VM", **named}
         return self._root.child("backup VM", **properties)
 
-    async def _in_slot(self, vm_uuid: str) -> None:
+    async def _back_up(self, vm_uuid: str) -> None:
         try:
             xapi_spec = self._xapi_of(vm_uuid)
         except ProxyError as error:
@@ -107,9 +106,8 @@ class _VmRun:
                 return
             async with self._vm_task(vm_uuid, vm["name_label"]) as task:
                 settings = self._job.settings.vm(vm_uuid, vm.get("tags", ()))
-                left = self._ends_at - trio.current_time()
                 with (
-                    deadline("the job's timeout", _seconds(left)),
+                    self._limits.time_limit(),
                     deadline("the VM's timeout", settings.vm_timeout / 1000),
                 ):
                     await self._attempts(task, xapi, ref, vm, settings)
@@ -125,33 +123,26 @@ class _VmRun:
         self, task: Task, xapi: Xapi, ref: str, vm: dict[str, Any], settings: Settings
     ) -> None:
         """Try, and try again at once for the targets that have no backup yet."""
-        missing = self._targets_of(vm, settings)
-        tries = max(0, settings.n_retries_vm_backup_failures) + 1
+        wanted = self._wanted(vm, settings)
         backup = self._vm_backup(xapi, ref, vm, settings)
         refuse_vm(backup)
         if await start_left_off(task, backup):
             backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
-        for attempt in range(1, tries + 1):
-            try:
-                failed = await self._attempt(task, backup, missing)
-                error: Exception | None = None
-            except Canceled:
-                raise
-            except Exception as caught:  # noqa: BLE001  raised below when no attempt is left
-                failed, error = [one for one in missing if one not in backup.stored], caught
-            if error is None and not failed:
-                return
-            done = bool(missing) and not failed  # and the trouble came afterwards
-            last = done or attempt == tries or task.cancel_requested
-            if last:
-                if error is not None:
-                    raise error
-                return  # some targets have the backup; the failed exports speak for the others
-            reason = str(error) if error is not None else f"{len(failed)} targets failed"
-            task.retry("Retry the VM backup due to an error", {"attempt": attempt, "error": reason})
-            missing = {one: missing[one] for one in failed}
-            vm = await xapi.record("VM", ref)
-            backup = self._vm_backup(xapi, ref, vm, settings)
+
+        async def attempt(number: int, missing: Mapping[str, Settings]) -> list[str]:
+            nonlocal backup
+            if number > 1:
+                backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
+            return await self._attempt(task, backup, missing)
+
+        await try_targets(
+            task,
+            wanted,
+            attempt,
+            tries=max(0, settings.n_retries_vm_backup_failures) + 1,
+            has=lambda target: target in backup.stored,
+            message="Retry the VM backup due to an error",
+        )
 
     def _vm_backup(self, xapi: Xapi, ref: str, vm: dict[str, Any], settings: Settings) -> VmBackup:
         config = self._services.config
@@ -164,7 +155,7 @@ class _VmRun:
             snapshot_name=_fill_template(
                 config.backups.snapshot_name_label_tpl, self._job.name, vm
             ),
-            rate=self._rate,
+            rate=self._limits.rate,
             xapi=xapi,
             vm_ref=ref,
             vm=vm,
@@ -175,56 +166,46 @@ class _VmRun:
             ),
         )
 
-    def _targets_of(self, vm: dict[str, Any], settings: Settings) -> dict[str, Settings]:
-        """Settings of every remote that is to get this VM."""
-        if settings.export_retention <= 0:
-            return {}
-        found = {
-            remote_id: self._job.settings.target(vm["uuid"], remote_id)
-            for remote_id in self._remotes
-        }
-        return {key: value for key, value in found.items() if value.export_retention > 0}
+    def _wanted(self, vm: dict[str, Any], settings: Settings) -> dict[str, Settings]:
+        """Settings of every destination that is to get this VM."""
+        found: dict[str, Settings] = {}
+        for key, destination in self._destinations.items():
+            there = self._job.settings.target(vm["uuid"], key)
+            if destination.retention(settings) > 0 and destination.retention(there) > 0:
+                found[key] = there
+        return found
 
     async def _attempt(
-        self, task: Task, backup: VmBackup, wanted: dict[str, Settings]
+        self, task: Task, backup: VmBackup, wanted: Mapping[str, Settings]
     ) -> list[str]:
         if not wanted and backup.settings.snapshot_retention == 0:
             if self._job.remote_ids:
                 raise Refused("no target is left for this VM", code="ENOTARGET")
             return []
-        async with self._locked(task, backup.uuid, wanted) as targets:
+        async with self._targets(task, backup, wanted) as targets:
             lost = [one for one in wanted if one not in {target.id for target in targets}]
             if self._job.mode == "delta" and targets:
                 return lost + await incremental_backup.back_up(task, backup, targets)
             return lost + await full_backup.back_up(task, backup, targets)
 
     @contextlib.asynccontextmanager
-    async def _locked(
-        self, task: Task, vm_uuid: str, wanted: dict[str, Settings]
-    ) -> AsyncIterator[list[RemoteTarget]]:
-        """Hold the VM's directory on each target; one that cannot be had is a failed export."""
-        targets: list[RemoteTarget] = []
+    async def _targets(
+        self, task: Task, backup: VmBackup, wanted: Mapping[str, Settings]
+    ) -> AsyncIterator[list[Target]]:
+        """Each target for the attempt; one that cannot be had is a failed export."""
+        targets: list[Target] = []
         errors: list[Exception] = []
         async with contextlib.AsyncExitStack() as stack:
-            for remote_id, settings in wanted.items():
-                remote = self._remotes[remote_id]
+            for key, settings in wanted.items():
+                destination = self._destinations[key]
                 try:
-                    lock = await stack.enter_async_context(
-                        lock_vm(
-                            remote,
-                            vm_uuid,
-                            owner=self._root.id,
-                            wait=settings.get_remote_timeout / 1000,
-                            waiting=partial(_tell_wait, task, remote_id),
-                        )
+                    targets.append(
+                        await stack.enter_async_context(destination.target(task, backup, settings))
                     )
                 except ProxyError as error:
                     errors.append(error)
-                    await failed(
-                        task.child("export", id=remote_id, type="remote", isFull=True), error
-                    )
-                    continue
-                targets.append(RemoteTarget(remote_id, remote, settings, lock))
+                    export = task.child("export", **destination.properties, isFull=True)
+                    await failed(export, error)
             if wanted and not targets:
                 raise (
                     errors[0]
@@ -232,19 +213,6 @@ class _VmRun:
                     else Many.all_targets("writer.beforeBackup()", errors)
                 )
             yield targets
-
-
-def _tell_wait(task: Task, remote_id: str, busy: Busy) -> None:
-    """Else a run that waits looks like one that hangs."""
-    task.info(
-        "waiting for whoever holds the VM's backups",
-        {"remote": remote_id, "reason": busy.message, **busy.data},
-    )
-
-
-def _seconds(left: float) -> float:
-    """A bound for ``deadline``, where 0 means none."""
-    return 0.0 if left == float("inf") else max(left, 0.001)
 
 
 def _fill_template(template: str, job_name: str, vm: dict[str, Any]) -> str:

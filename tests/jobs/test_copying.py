@@ -94,7 +94,7 @@ async def copy(
     source: Bytes, *targets: Target, pool: BufferPool, bad: bytes = b"", rate: float = 0
 ) -> tuple[FanOut, Check, Exception | None]:
     check = Check(AnyStream(bad))
-    fan_out = FanOut(source, pool, check, RateLimit(rate))
+    fan_out = FanOut(source, pool, check, RateLimit(lambda: rate))
     error: Exception | None = None
     with inline_threads():
         async with trio.open_nursery() as nursery:

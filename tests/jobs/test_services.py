@@ -220,7 +220,6 @@ async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> 
         ({"srs": {"id": "sr"}}, "replication to SRs is not available yet"),
         ({"remotes": {"type": "nfs"}}, "invalid pattern"),
         ({"settings": {"": {"healthCheckSr": "sr"}}}, "health checks are not available yet"),
-        ({"settings": {"": {"distributeBackups": True}}}, "distributed backups are not available"),
         ({"settings": {"": {"concurrency": "many"}}}, "concurrency"),
     ],
 )

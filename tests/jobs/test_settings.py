@@ -72,7 +72,39 @@ def test_a_wrong_type_is_told_with_its_place() -> None:
 
 def test_unknown_keys_are_named_and_known_ones_are_not() -> None:
     found = levels({"": {"exportRetentoin": 1, "reportWhen": "failure", "preferNbd": True}})
-    assert found.unknown_keys() == ["exportRetentoin"]
+    assert found.without_effect() == [
+        "the setting 'exportRetentoin' is not known and has no effect"
+    ]
+
+
+def test_upstream_weakness_1_what_nobody_reads_is_told_with_its_reason() -> None:
+    told = levels({"": {"useNbd": True}, "VM": {"validateVhdStreams": True}}).without_effect()
+    assert [sentence.split(":")[0] for sentence in told] == [
+        "the setting 'useNbd' has no effect",
+        "the setting 'validateVhdStreams' has no effect",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"exportRetention": -1}, "exportRetention"),
+        ({"nRetriesVmBackupFailures": -1}, "nRetriesVmBackupFailures"),
+        ({"longTermRetention": {"daily": {"retention": 2}}}, "time zone"),
+        ({"longTermRetention": {"hourly": {"retention": 2}}, "timezone": "UTC"}, "hourly"),
+        ({"longTermRetention": {"daily": {"retention": 0}}, "timezone": "UTC"}, "daily"),
+        ({"maxExportRateWindows": [{"from": "8:00", "to": "18:00", "maxExportRate": 1}]}, "from"),
+        ({"maxExportRateWindows": [{"from": "08:00", "to": "18:00"}]}, "maxExportRate"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_before_anything_is_touched(
+    wrong: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(Refused, match=rf"settings of the job .*{told}"):
+        levels({"": wrong}).refuse_wrong()
+    for place in ("VM", "R"):
+        with pytest.raises(Refused, match=rf"settings of {place} .*{told}"):
+            levels({place: wrong}).refuse_wrong()
 
 
 def test_contradictions_are_refused_with_upstreams_message() -> None:

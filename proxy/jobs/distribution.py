@@ -1,0 +1,186 @@
+"""Several destinations of which each VM uses one: ``distributeBackups`` and replications alike.
+
+A chain goes on where it is; a new one begins where there is most room.  All members are held
+for the VM, because retention counts over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+from proxy.errors import Many, ProxyError, Refused
+from proxy.jobs.opening import failed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from proxy.disks.disk import RandomDisk
+    from proxy.jobs.copying import Consumer
+    from proxy.jobs.disk_snapshots import DiskSnapshot
+    from proxy.jobs.settings import Settings
+    from proxy.jobs.target import (
+        Destination,
+        FullCopy,
+        IncrementalCopy,
+        IncrementalWriter,
+        Refusal,
+        Target,
+    )
+    from proxy.jobs.vm_backup import VmBackup
+    from proxy.tasks import Task
+
+
+class DistributedDestination:
+    """``members`` are all remotes, or all SRs; more than one."""
+
+    def __init__(self, members: Sequence[Destination]) -> None:
+        self._members = members
+        self.id = "+".join(member.id for member in members)
+        self._failed: dict[str, set[str]] = {}
+        """By VM: the members where an attempt of this run failed; they are tried last."""
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        return {**self._members[0].properties, "id": self.id}
+
+    def retention(self, settings: Settings) -> float:
+        return self._members[0].retention(settings)
+
+    @contextlib.asynccontextmanager
+    async def target(
+        self, task: Task, backup: VmBackup, settings: Settings
+    ) -> AsyncIterator[DistributedTarget]:
+        """With every member that keeps backups of the VM; one that cannot be had is a failed
+        export, and the others go on."""
+        errors: list[Exception] = []
+        targets: list[Target] = []
+        async with contextlib.AsyncExitStack() as stack:
+            for member in self._members:
+                there = backup.job.settings.target(backup.uuid, member.id)
+                if member.retention(there) <= 0:
+                    continue
+                try:
+                    target = await stack.enter_async_context(member.target(task, backup, there))
+                except ProxyError as error:
+                    errors.append(error)
+                    export = task.child("export", **member.properties, isFull=True)
+                    await failed(export, error)
+                    continue
+                targets.append(target)
+            if not targets:
+                if len(errors) == 1:
+                    raise errors[0]
+                if errors:
+                    raise Many.all_targets("writer.beforeBackup()", errors)
+                raise Refused("no target is left for this VM", code="ENOTARGET")
+            avoided = self._failed.setdefault(backup.uuid, set())
+            distributed = DistributedTarget(
+                self.id, settings, targets, await roomiest(targets, avoided)
+            )
+            try:
+                yield distributed
+            finally:
+                if self.id not in backup.stored:
+                    avoided.add(distributed.member)
+
+
+async def roomiest(targets: Sequence[Target], avoided: Collection[str] = ()) -> Target:
+    """The one with most free space, any of those that have most; if none says, any.
+
+    Those whose ids are ``avoided`` only if there is no other.  Raises ``Refused`` with
+    upstream's message when some have a limit and others have none.
+    """
+    free = {target.id: await target.space() for target in targets}
+    limited = {key: space for key, space in free.items() if space is not None and space > 0}
+    if limited and len(limited) != len(free) and any(space is None for space in free.values()):
+        raise Refused(
+            "an Aggregate remote can't use a mix of limited and unlimited storages",
+            code="EINVAL",
+            data={"available": free},
+        )
+    candidates = [target for target in targets if target.id not in avoided] or list(targets)
+    most = max(limited.get(target.id, 0) for target in candidates)
+    # evenly, where nothing tells them apart: nobody can foresee or steer it, nor needs to
+    return random.choice(  # noqa: S311
+        [target for target in candidates if limited.get(target.id, 0) == most]
+    )
+
+
+class DistributedTarget:
+    """One VM on its one member.  The others take part in retention and are cleaned."""
+
+    def __init__(
+        self, target_id: str, settings: Settings, members: Sequence[Target], chosen: Target
+    ) -> None:
+        self.id = target_id
+        self.settings = settings
+        self._members = members
+        self._export: Task | None = None
+        self._incremental = False
+        self._known = {member.id: member for member in members}
+        self._chosen = chosen
+        self.member = chosen.id
+
+    @property
+    def encodes(self) -> bool:
+        return self._chosen.encodes
+
+    async def space(self) -> int | None:
+        return await self._chosen.space()
+
+    def count_with(self, others: Sequence[Target]) -> None:
+        self._chosen.count_with(others)
+
+    def _use(self) -> Target:
+        """The member, which from now on speaks for all: it has the VM's backup, or nobody."""
+        self._chosen.id = self.id
+        self._chosen.count_with([one for one in self._members if one is not self._chosen])
+        return self._chosen
+
+    @contextlib.asynccontextmanager
+    async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
+        """The member's; then an ``export`` without transfer for each of the others."""
+        async with self._chosen.export(task, is_full=is_full) as export:
+            self._export = export
+            yield export
+        for member in self._members:
+            if member is not self._chosen:
+                async with member.export(task, is_full=is_full) as other:
+                    if self._incremental:
+                        await member.clean(other, merge=True)
+
+    async def clean(self, parent: Task, *, merge: bool) -> None:
+        """All; inside the member's own export only the member: the others come in theirs."""
+        for member in self._members:
+            if parent is not self._export or member is self._chosen:
+                await member.clean(parent, merge=merge)
+
+    async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
+        await self._use().write_full(export, copy, consumer)
+
+    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+        """The member that has most of them is chosen; where none has any, the choice stands."""
+        refused: Mapping[str, Refusal] = {}
+        fewest = len(snapshots)
+        for member in self._members:
+            there = await member.find_bases(snapshots)
+            if len(there) < fewest:
+                fewest, refused = len(there), there
+                self._chosen, self.member = member, member.id
+            elif fewest == len(snapshots):
+                refused = there
+        return refused
+
+    def sorts_behind(self, disks: Collection[str]) -> str:
+        """Over all members: retention counts by time."""
+        return max(member.sorts_behind(disks) for member in self._members)
+
+    def open_base(self, disk: str) -> AbstractAsyncContextManager[RandomDisk] | None:
+        return self._chosen.open_base(disk)
+
+    def incremental(self, copy: IncrementalCopy) -> IncrementalWriter:
+        self._incremental = True
+        return self._use().incremental(copy)
