@@ -223,6 +223,23 @@ async def test_a_file_that_was_cut(encrypted: Remote, root: Path, size: int) -> 
     assert (await encrypted.stat("f")).size <= max(0, size - 28)  # listings do not fail
 
 
+@pytest.mark.parametrize("size", [0, 1, 10])
+async def test_weakness_4_a_small_damaged_file_is_an_error_at_once(
+    local: Remote, root: Path, size: int
+) -> None:
+    """Upstream's read of one with a checksum never ends: the error comes before its listener."""
+    remote = Encrypted(local, FileCipher(Algorithm.AES_256_GCM, KEY))
+    await stream(remote, "f", LARGE[:size])
+    stored = bytearray((root / "f").read_bytes())
+    stored[-1] ^= 1
+    (root / "f").write_bytes(stored)
+    with trio.fail_after(10):
+        for _ in range(2):
+            with pytest.raises(Corrupt, match="it is damaged"):
+                async with remote.open_read("f") as file:
+                    await read_all(file)
+
+
 @pytest.mark.parametrize("behind", [False, True])
 async def test_a_file_that_changes_while_it_is_read(
     encrypted: Remote, root: Path, *, behind: bool
