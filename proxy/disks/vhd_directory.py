@@ -22,6 +22,7 @@ from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
 from proxy.remotes.encryption import sealer_of
+from proxy.remotes.wrapper import may_write_later
 from proxy.runtime.background import background
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
@@ -217,18 +218,21 @@ class BlockFiles:
         self._batch = batch
         self._compression = compression
         self._sealer = sealer_of(remote, vhd_directory.LONGEST_BLOCK)
+        self._copies = may_write_later(remote)
 
     async def write(self, directory: str, index: int, stored: memoryview) -> None:
         """The block ``index`` of the disk in ``directory``."""
         path = paths.join(directory, vhd_directory.block_path(index))
         if self._sealer is None:
-            pack = vhd_directory.compress_block
-            data = await in_thread(Work.CPU, pack, self._compression, stored)
-            await self._batch.write(path, data)
+            await self._batch.write(path, await in_thread(Work.CPU, self._compress, stored))
         else:
             sealed = await in_thread(Work.CPU, self._seal, self._sealer, stored)
             await self._batch.write(path, sealed)
             self._sealer.give_back(sealed)
+
+    def _compress(self, stored: memoryview) -> bytes | memoryview:
+        data = vhd_directory.compress_block(self._compression, stored)
+        return bytes(data) if data is stored and self._copies else data
 
     def _seal(self, sealer: Sealer, stored: memoryview) -> memoryview:
         return sealer.seal(vhd_directory.block_pieces(self._compression, stored))

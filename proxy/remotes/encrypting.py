@@ -69,9 +69,10 @@ class Sealer:
     :meth:`seal` gives as it is.
     """
 
-    def __init__(self, cipher: FileCipher, size: int) -> None:
-        """``size``: bytes of the longest content for which memory is kept."""
+    def __init__(self, cipher: FileCipher, size: int, *, reuses: bool = True) -> None:
+        """``size``: bytes of the longest content for which memory is kept, if it ``reuses`` it."""
         self._cipher = cipher
+        self._spare = _SPARE if reuses else 0
         self._size = size + MOST_OVERHEAD
         self._free: deque[Sealed] = deque()
 
@@ -92,7 +93,7 @@ class Sealer:
         after an error or a cancel."""
         memory = sealed.obj
         assert isinstance(memory, Sealed), "not from here"
-        if len(memory) == self._size and len(self._free) < _SPARE:
+        if len(memory) == self._size and len(self._free) < self._spare:
             self._free.append(memory)
 
 

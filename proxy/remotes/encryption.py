@@ -35,7 +35,7 @@ from proxy.errors import Corrupt, NotFound, ProxyError, Refused
 from proxy.formats.encrypted import MOST_OVERHEAD, TAG_SIZE, Decryption, FileCipher
 from proxy.remotes import paths
 from proxy.remotes.encrypting import UNIT, EncryptedWriter, Sealer, naming, run, sealed_by
-from proxy.remotes.wrapper import Wrapper
+from proxy.remotes.wrapper import Wrapper, may_write_later
 from proxy.runtime.background import background
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def sealer_of(remote: Remote, size: int) -> Sealer | None:
     its batch gets them; ``None``: it is not encrypted."""
     while isinstance(remote, Wrapper):
         if isinstance(remote, Encrypted):
-            return Sealer(remote.cipher, size)
+            return Sealer(remote.cipher, size, reuses=not may_write_later(remote))
         remote = remote.inner
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -18,15 +18,16 @@ from proxy.remotes.encrypting import INLINE, UNIT, Sealer, sealed_by
 from proxy.remotes.encryption import Encrypted, sealer_of
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.metrics import Metrics
-from proxy.remotes.wrapper import Operation, Wrapper
+from proxy.remotes.wrapper import Operation, Wrapper, may_write_later
 from proxy.runtime.threads import Work, in_thread
-from tests.remotes.conftest import KEY, tree
+from tests.remotes.conftest import KEY, opened, tree
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from proxy.remotes import Remote
+    from tests.remotes.server import Server
 
 CIPHERS = [FileCipher(algorithm, KEY) for algorithm in Algorithm]
 MIB = 1024 * 1024
@@ -221,6 +222,56 @@ def test_memory_is_used_again_once_it_was_given_back(cipher: FileCipher) -> None
     assert cipher.decrypt(larger) == bytes(1000)
     sealer.give_back(larger)  # an exception is not kept
     assert sealer.seal((b"d",)).obj is not larger.obj
+
+
+async def test_memory_is_used_again_only_where_what_failed_has_ended(
+    local: Remote, server: Server, cipher: FileCipher
+) -> None:
+    """A write to a mount that hangs is let go of and tried again; when the server comes back, the
+    first one may go on, and over the second one: it must find the same bytes."""
+    async with opened(server.url, options=server.options) as mounted:
+        for storage, again in ((local, True), (mounted, False)):
+            remote = Metrics(Encrypted(storage, cipher))
+            assert may_write_later(remote) is not again
+            sealer = sealer_of(remote, 100)
+            assert sealer is not None
+            first = sealer.seal((b"a",))
+            sealer.give_back(first)
+            assert (sealer.seal((b"b",)).obj is first.obj) is again
+    assert may_write_later(Wrapper(cast("Remote", Unknown())))
+
+
+class Unknown:
+    url = ""
+    is_encrypted = is_immutable = use_vhd_directory = False
+
+
+class Keeps(Wrapper):
+    """What a batch was given."""
+
+    def __init__(self, inner: Remote, *, may_write_later: bool) -> None:
+        super().__init__(inner)
+        vars(inner)["may_write_later"] = may_write_later
+        self.given: list[object] = []
+
+    async def around(self, operation: Operation, run: Callable[[], Awaitable[Any]]) -> Any:
+        if operation.verb == "batch.write":
+            self.given.append(operation.data)
+        return await run()
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_block_that_may_be_written_later_is_no_memory_of_others(
+    local: Remote, *, later: bool
+) -> None:
+    """Its buffer goes back to the transfer as soon as one of the tries has succeeded."""
+    keeps = Keeps(local, may_write_later=later)
+    block = memoryview(bytearray(STORED_BLOCK))
+    async with keeps.batch() as batch:
+        await BlockFiles(keeps, batch, Compression.NONE).write("d", 0, block)
+    [given] = keeps.given
+    assert (given is block) is not later
+    assert bytes(cast("bytes", given)) == bytes(block)
 
 
 async def test_a_batch_takes_what_is_sealed_as_it_is(
