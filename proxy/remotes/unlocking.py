@@ -296,7 +296,8 @@ class _Roots:
 
 
 class _Unsettled(Wrapper):
-    """A remote that lacks one of the two files or both, for users of whom some only look.
+    """A remote that lacks one of the two files or both, or is empty and another key's; for users of
+    whom some only look.
 
     While it is nobody's, it is looked at before each operation whether somebody has set it up
     meanwhile: from then on it is what that made of it.
