@@ -102,6 +102,8 @@ class RemoteTarget:
         self.lock = lock
         self.neighbours: list[RemoteTarget] = []
         """On which retention counts too."""
+        self.stores_md5 = not remote.is_encrypted
+        """There it would be of other bytes than the stored ones, whose tag says more."""
         self._remote_id = target_id
         self.vm_uuid = vm_uuid
         self._job_id = job_id
@@ -192,7 +194,7 @@ class RemoteTarget:
                     "vmSnapshot": copy.exported,
                     "tags": tags,
                 },
-                copy.digest(),
+                copy.digest() if self.stores_md5 else b"",
             )
         self.stored = backup.id
         copy.stored.add(self.id)

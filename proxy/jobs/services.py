@@ -24,6 +24,7 @@ from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote, refuse_missing
+from proxy.remotes.unlocking import look, settle
 from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
@@ -88,8 +89,8 @@ class Services:
     ) -> AsyncIterator[Remote]:
         """An open remote for the block; shared with whoever gives the same record.
 
-        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so: who only
-        looks makes nothing.
+        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so, and an
+        empty remote is not set up for its encryption key: who only looks makes nothing.
         """
         config = self.config
         options = RemoteOptions(
@@ -100,12 +101,14 @@ class Services:
             use_sudo=config.remote_options.use_sudo,
             operation_seconds=config.remote_options.timeout,
             parallel_operations=config.remote_options.max_parallel_operations,
+            set_up=False,
         )
         if not create:
             await refuse_missing(spec, options=options)
         async with self._remotes.use(
             _key(spec, options), lambda: self.traffic.counted(spec, opened_remote, options)
         ) as remote:
+            await (settle(remote) if create else look(remote))
             yield remote
 
     def xapi(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Xapi]:
@@ -239,7 +242,7 @@ class Services:
                 pass
 
         async def work(root: Task) -> Any:
-            async with self.remote(request.remote) as remote:
+            async with self.remote(request.remote, create=False) as remote:
                 if not of_pool or spec is None:
                     root.handed_out = await read_configuration(remote, path, metadata)
                     return None

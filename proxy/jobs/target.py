@@ -151,7 +151,8 @@ class FullCopy:
     stored: set[str]
     """Receives the id of each target that has its backup, even if its task fails later."""
     digest: Callable[[], bytes]
-    """MD5 of the whole stream, once it has ended."""
+    """MD5 of the whole stream, once it has ended; for targets of which :func:`stores_md5` says
+    that they ask."""
     bottleneck: Callable[[], str]
 
 
@@ -253,6 +254,14 @@ def to_try_again(
     if all(isinstance(error, Canceled) for error in errors.values()):
         raise Canceled("every target was canceled")
     raise Many.all_targets(step, list(errors.values()))
+
+
+def stores_md5(target: Target) -> bool:
+    """Whether it asks for the MD5 of a full backup; one that does not says ``stores_md5 = False``.
+
+    Nothing takes more of a full backup's time than the MD5.
+    """
+    return getattr(target, "stores_md5", True)
 
 
 def now_ms() -> int:
