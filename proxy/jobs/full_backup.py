@@ -14,7 +14,7 @@ from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
-from proxy.jobs.target import FullCopy, now_ms, stores_md5, to_try_again
+from proxy.jobs.target import FullCopy, now_ms, to_try_again
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.runtime.buffers import BufferPool
 from proxy.runtime.deadlines import undo_within
@@ -143,7 +143,7 @@ async def _export(
     errors: dict[str, Exception] = {}
     broken: Exception | None = None
     async with xapi.export_vm(ref, compression=compression) as download:
-        check = Check(Validator(), md5=any(map(stores_md5, targets)))
+        check = Check(Validator(), md5=any(target.stores_md5 for target in targets))
         fan_out = FanOut(download, BufferPool(_BUFFERS), check, backup.rate)
         copy = FullCopy(
             vm_uuid=backup.uuid,

@@ -48,6 +48,10 @@ class RemoteDestination:
     def properties(self) -> Mapping[str, Any]:
         return {"id": self.id, "type": "remote"}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return (self.id,)
+
     def retention(self, settings: Settings) -> float:
         return settings.export_retention
 
@@ -102,7 +106,6 @@ class RemoteTarget:
         self.lock = lock
         self.neighbours: list[RemoteTarget] = []
         """On which retention counts too."""
-        self.stores_md5 = not remote.is_encrypted
         """There it would be of other bytes than the stored ones, whose tag says more."""
         self._remote_id = target_id
         self.vm_uuid = vm_uuid
@@ -115,6 +118,10 @@ class RemoteTarget:
     @property
     def encodes(self) -> bool:
         return self.remote.use_vhd_directory
+
+    @property
+    def stores_md5(self) -> bool:
+        return not self.remote.is_encrypted
 
     async def space(self) -> int | None:
         return (await self.remote.info()).available

@@ -44,6 +44,10 @@ class SrDestination:
     def properties(self) -> Mapping[str, Any]:
         return {"id": self.id, "name_label": self.name_label, "type": "SR"}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return (self.id,)
+
     def retention(self, settings: Settings) -> float:
         return settings.copy_retention
 
@@ -106,6 +110,10 @@ class SrTarget:
 
     @property
     def encodes(self) -> bool:
+        return False
+
+    @property
+    def stores_md5(self) -> bool:
         return False
 
     async def space(self) -> int | None:
