@@ -76,8 +76,8 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
-    levels.refuse_wrong()
-    _refuse_unsupported(levels)
+    remote_ids, sr_ids = ids_of(job.get("remotes")), ids_of(job.get("srs"))
+    levels.refuse_wrong([*remote_ids, *sr_ids])
     compression = job.get("compression") or ""
     return VmJob(
         id=str(job.get("id", "")),
@@ -87,16 +87,11 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         schedule_id=schedule_id,
         schedule_name=str(request.schedule.get("name") or ""),
         vms=ids_of(job.get("vms")),
-        remote_ids=ids_of(job.get("remotes")),
-        sr_ids=ids_of(job.get("srs")),
+        remote_ids=remote_ids,
+        sr_ids=sr_ids,
         settings=levels,
         request=request,
     )
-
-
-def _refuse_unsupported(levels: SettingLevels) -> None:
-    if levels.run.health_check_sr is not None:
-        raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
 
 
 @dataclass(frozen=True, slots=True)

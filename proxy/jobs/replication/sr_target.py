@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import ProxyError
+from proxy.jobs.health_check import wanted
 from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
@@ -113,6 +114,11 @@ class SrTarget:
 
     def count_with(self, others: Sequence[Target]) -> None:
         self._neighbours = [other for other in others if isinstance(other, SrTarget)]
+
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        check = wanted(self.settings, backup.tags)
+        if check is not None and self.replica:
+            await backup.checks.of_replica(parent, check, self.xapi, self.replica, **properties)
 
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
