@@ -119,4 +119,4 @@ def _is_over(run: str) -> bool:
     return time.time() - started > _LONGEST_RUN_SECONDS
 
 
-__all__ = ["OPERATIONS", "REASON", "block_migration", "unblock_migration"]
+__all__ = ["OPERATIONS", "REASON", "block_migration", "forget_block", "unblock_migration"]

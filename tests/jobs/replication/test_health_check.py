@@ -87,16 +87,3 @@ async def test_a_guest_that_does_not_boot_leaves_the_replica(tmp_path: Path) -> 
         (replica,) = pair.vms()
         assert pair.digests(replica) == pair.live()
         await pair.quiet()
-
-
-@pytest.mark.parametrize("mode", ["full", "delta"])
-async def test_upstream_weakness_4_the_export_of_a_vm_left_out_by_tags_ends(
-    tmp_path: Path, mode: str
-) -> None:
-    async with open_pair(tmp_path, disk_size=4 * 1024 * 1024) as pair:
-        outcome = await check(pair, "the replica's SR", mode, healthCheckVmsWithTags=["db"])
-        assert outcome.status == "success"
-        ended = {record["id"] for record in outcome.log if record["type"] == "end"}
-        started = {record["id"] for record in outcome.log if record["type"] == "start"}
-        assert started == ended
-        assert "infos" in outcome.of("health check")[0]["data"]

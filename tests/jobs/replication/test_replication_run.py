@@ -122,3 +122,26 @@ async def test_a_vm_without_disks(tmp_path: Path, mode: str) -> None:
         assert len(pair.vms()) == (2 if mode == "full" else 1)
         assert len(pair.replicas()) == (0 if mode == "full" else 2)
         await pair.quiet()
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+@pytest.mark.parametrize("tagged", [True, False])
+async def test_weakness_4_a_replica_is_checked_or_not_and_its_export_ends(
+    tmp_path: Path, mode: str, tagged: bool
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        if not tagged:
+            pair.here.store.update("VM", pair.here.vm("vm1"), tags=["xo:no-health-check"])
+        health = pair.sr_uuid(0)
+        for number in range(2):
+            request = pair.request(mode=mode, settings={"healthCheckSr": health})
+            known = {**request.record_to_xapi, health: "xapi2"}
+            outcome = await pair.house.run(replace(request, record_to_xapi=known))
+            assert outcome.status == "success", outcome.snapshot
+            assert all("end" in export for export in outcome.of("export"))
+            assert len(outcome.of("health check")) == 1
+            assert len(outcome.of("vmstart")) == tagged
+            if mode == "delta":
+                assert got(outcome) == [("full", "delta")[number]]
+        assert len(pair.vms()) == (2 if mode == "full" else 1)
+        await pair.quiet()
