@@ -52,6 +52,7 @@ class Sweeper:
 
     def ended(self, root: Task) -> None:
         """A run is about to end, however."""
+        self._ended_badly()  # lets go of those before it: perhaps no pool is ever contacted
         self._ending.append(root)
 
     async def contact(self, root: Task, xapi: Xapi) -> None:
