@@ -167,6 +167,28 @@ async def test_one_sr_is_cancelled_alone(tmp_path: Path) -> None:
         await pair.quiet()
 
 
+async def test_an_sr_that_is_cancelled_while_another_fails_is_not_tried_again(
+    tmp_path: Path,
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        srs = (pair.sr_uuid(0), pair.sr_uuid(1))
+        gate = pair.there.pause_at("/import_raw_vdi", at_bytes=MIB)
+        task = pair.start(srs=srs, settings={"nRetriesVmBackupFailures": 1})
+        await gate.reached()
+        (vm,) = task.children
+        export = next(each for each in vm.children if each.properties.get("id") == srs[1])
+        pair.there.fail("VM.create", error=("SR_FULL", "no"))
+        await pair.house.services.tasks.cancel(export.id)
+        gate.release()
+        outcome = await pair.house.outcome(task)
+        ended = [(each["data"]["id"], each["status"]) for each in outcome.of("export")]
+        assert ended == [(srs[0], "failure"), (srs[1], "canceled"), (srs[0], "success")]
+        assert outcome.status == "canceled"
+        (ref,) = pair.vms()
+        assert pair.digests(ref) == pair.live()
+        await pair.quiet()
+
+
 @pytest.mark.parametrize("mode", ["full", "delta"])
 async def test_weakness_4_every_export_ends_and_only_failed_targets_are_tried_again(
     tmp_path: Path, mode: str
