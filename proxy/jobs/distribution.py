@@ -113,15 +113,26 @@ async def roomiest(targets: Sequence[Target], avoided: Collection[str] = ()) -> 
     )
 
 
+def _preferred(targets: Sequence[Target], avoided: Collection[str]) -> list[Target]:
+    """Those whose ids are ``avoided`` only if there is no other."""
+    return [target for target in targets if target.id not in avoided] or list(targets)
+
+
 class DistributedTarget:
     """One VM on its one member.  The others take part in retention and are cleaned."""
 
     def __init__(
-        self, target_id: str, settings: Settings, members: Sequence[Target], chosen: Target
+        self,
+        target_id: str,
+        settings: Settings,
+        members: Sequence[Target],
+        avoided: Collection[str],
+        chosen: Target,
     ) -> None:
         self.id = target_id
         self.settings = settings
         self._members = members
+        self._candidates = _preferred(members, avoided)
         self._export: Task | None = None
         self._incremental = False
         self._known = {member.id: member for member in members}
@@ -167,7 +178,9 @@ class DistributedTarget:
                 await member.clean(parent, merge=merge)
 
     async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
-        await self._chosen.check_health(parent, backup, **properties)
+        """Its task is known by the member's id, as the export is: a retry keeps both by it."""
+        known = {"id": self.member} if "id" in properties else {}
+        await self._chosen.check_health(parent, backup, **{**properties, **known})
 
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await self._use().write_full(export, copy, consumer)
