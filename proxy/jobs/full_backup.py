@@ -47,9 +47,10 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> li
         if not task.cancel_requested:
             await _clean(task, targets)
         raise
-    if not task.cancel_requested:
-        await _check(task, backup, targets)
-        await _clean(task, targets)
+    # A cancel that came when all was stored: nothing more is begun, and the task must say so.
+    await trio.lowlevel.checkpoint()
+    await _check(task, backup, targets)
+    await _clean(task, targets)
     return failed
 
 
