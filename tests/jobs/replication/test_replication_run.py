@@ -170,3 +170,22 @@ async def test_a_long_sweep_of_its_pool_is_no_reason_to_do_without_an_sr(pair: P
     with mock.patch.object(sweeper, "contact", long):
         await pair.good(settings={"getRemoteTimeout": 1000})
     assert len(pair.replicas()) == 1
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_pool_that_cannot_be_listed_keeps_its_replicas_and_stops_no_other(
+    tmp_path: Path, mode: str
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        srs = (pair.sr_uuid(0), pair.sr_uuid(1))
+        settings = {"distributeReplications": True, "copyRetention": 1}
+        await pair.good(srs=srs, mode=mode, settings=settings)
+        pair.there.fail("VM.get_all_records", nth=2, error=("INTERNAL_ERROR", "no"))
+        outcome = await pair.good(srs=srs, mode=mode, settings=settings)
+        (warning,) = [
+            warning
+            for export in outcome.of("export")
+            for warning in export["data"].get("warnings", [])
+        ]
+        assert warning["data"]["id"] in srs
+        await pair.quiet()
