@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -9,6 +10,70 @@ import msgspec
 
 class Note(msgspec.Struct):
     message: str = ""
+
+
+class Reason(msgspec.Struct):
+    reason: str = ""
+
+
+class Info(Note):
+    data: Any = None
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: what a run did to each disk, or the message, with its reason."""
+        if self.message == "vms":
+            return []  # each has a task of its own
+        reason = ""
+        # another daemon than ours may mean other things by the same words
+        with contextlib.suppress(msgspec.ValidationError):
+            if self.message == "disks":
+                return [disk.line for disk in msgspec.convert(self.data, Disks).disks]
+            reason = msgspec.convert(self.data, Reason).reason
+        return [": ".join(part for part in ("info", self.message, reason) if part)]
+
+
+class Error(Note):
+    """Its code is what the list of error codes explains."""
+
+    code: str | int = ""
+
+    @property
+    def shown(self) -> str:
+        code = str(self.code)
+        return self.message if code in self.message else f"{self.message}; {code}"
+
+
+class Step(msgspec.Struct):
+    """A way to read a disk that did not work."""
+
+    way: str
+    code: str | int = ""
+
+
+class Disk(msgspec.Struct):
+    """How one disk was backed up."""
+
+    disk: str
+    wanted: str = ""
+    got: str = ""
+    via: str = ""
+    reason: str = ""
+    message: str = ""
+    steps: list[Step] = []
+
+    @property
+    def line(self) -> str:
+        kind = self.got or self.wanted
+        parts = [f"disk {self.disk}: {kind}" + (f" over {self.via}" if self.via else "")]
+        if kind == "full" and self.reason:
+            parts.append(f"{self.reason} ({self.message})")
+        parts += [f"not {step.way}: {step.code}" for step in self.steps]
+        return ", ".join(parts)
+
+
+class Disks(msgspec.Struct):
+    disks: list[Disk]
 
 
 class Transferred(msgspec.Struct):
@@ -29,8 +94,9 @@ class TaskData(msgspec.Struct, rename="camel"):
     id: str | None = None
     progress: float = 0
     transfer: Transferred | None = None
-    error: Note | None = None
+    error: Error | None = None
     warnings: list[Note] = []
+    infos: list[Info] = []
 
     @property
     def about(self) -> str:
@@ -78,4 +144,4 @@ class TaskView(msgspec.Struct):
     def summary(self) -> str:
         """One line: what, how it stands, why it failed."""
         line = self.standing
-        return f"{line} ({self.data.error.message})" if self.data.error else line
+        return f"{line} ({self.data.error.shown})" if self.data.error else line

@@ -61,6 +61,52 @@ def test_an_error_stands_where_it_came_from() -> None:
     ]
 
 
+def test_an_error_has_the_code_to_look_it_up_by() -> None:
+    task: dict[str, Any] = {"id": "t", "start": 0, "end": 1000, "status": "failure"}
+    error = {"message": "the credentials of root", "code": "EAUTH"}
+    (line,) = outline(TaskView.read({**task, "data": {"name": "backup VM", "error": error}}))
+    assert line == "backup VM: failure 1.0 s (the credentials of root; EAUTH)"
+    error = {"message": "ENOSPC: no space left on device", "code": "ENOSPC"}
+    (line,) = outline(TaskView.read({**task, "data": {"name": "transfer", "error": error}}))
+    assert line == "transfer: failure 1.0 s (ENOSPC: no space left on device)"
+
+
+def test_the_outline_says_how_each_disk_was_read_and_why_whole() -> None:
+    told = [
+        {
+            "disk": "d1",
+            "wanted": "full",
+            "reason": "NO_BACKUP",
+            "message": "the remote has no backup of this disk",
+            "got": "full",
+            "via": "nbd",
+            "steps": [{"way": "cbt", "code": "CBT_DISABLED", "message": "not tracked"}],
+        },
+        {"disk": "d2", "wanted": "delta", "base": "b", "got": "delta", "via": "stream"},
+        {"disk": "d3", "wanted": "delta"},
+    ]
+    waits = {"message": "waiting for whoever holds it", "data": {"reason": "Lock by h1"}}
+    infos = [
+        {"message": "vms", "data": {"vms": ["v"]}},
+        {"message": "disks", "data": {"disks": told}},
+        waits,
+        {"message": "disks", "data": "another program's"},
+        {"message": "alone"},
+    ]
+    task = {"id": "t", "start": 0, "end": 1000, "status": "success"}
+    assert outline(TaskView.read({**task, "data": {"name": "backup VM", "infos": infos}}))[1:] == [
+        (
+            "  disk d1: full over nbd, NO_BACKUP (the remote has no backup of this disk),"
+            " not cbt: CBT_DISABLED"
+        ),
+        "  disk d2: delta over stream",
+        "  disk d3: delta",
+        "  info: waiting for whoever holds it: Lock by h1",
+        "  info: disks",
+        "  info: alone",
+    ]
+
+
 def test_names_are_no_markup() -> None:
     out = io.StringIO()
     Console(file=out, width=100).print(table([TaskView.read(RUN)]))
