@@ -8,34 +8,42 @@ from typing import Any
 import msgspec
 
 
+class Reason(msgspec.Struct):
+    """Of what a note says, if its data tell one."""
+
+    reason: str = ""
+    error: str = ""
+
+
 class Note(msgspec.Struct):
     message: str = ""
+    data: Any = None
 
-
-class Reason(msgspec.Struct):
-    reason: str = ""
+    @property
+    def text(self) -> str:
+        known = Reason()
+        # another daemon than ours may mean other things by the same words
+        with contextlib.suppress(msgspec.ValidationError):
+            known = msgspec.convert(self.data, Reason)
+        return ": ".join(part for part in (self.message, known.reason or known.error) if part)
 
 
 class Info(Note):
-    data: Any = None
-
     @property
     def lines(self) -> list[str]:
         """For people: what a run did to each disk, or the message, with its reason."""
         if self.message == "vms":
             return []  # each has a task of its own
-        reason = ""
-        # another daemon than ours may mean other things by the same words
-        with contextlib.suppress(msgspec.ValidationError):
-            if self.message == "disks":
+        if self.message == "disks":
+            with contextlib.suppress(msgspec.ValidationError):
                 return [disk.line for disk in msgspec.convert(self.data, Disks).disks]
-            reason = msgspec.convert(self.data, Reason).reason
-        return [": ".join(part for part in ("info", self.message, reason) if part)]
+        return [f"info: {self.text}"]
 
 
-class Error(Note):
+class Error(msgspec.Struct):
     """Its code is what the list of error codes explains."""
 
+    message: str = ""
     code: str | int = ""
 
     @property

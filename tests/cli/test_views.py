@@ -32,7 +32,7 @@ RUN: dict[str, Any] = {
                         "name": "transfer",
                         "progress": 40,
                         "transfer": {"done": 4, "total": 10, "rate": 2, "eta": 3},
-                        "warnings": [{"message": "slow"}],
+                        "warnings": [{"message": "slow", "data": {"error": "no room"}}],
                     },
                 }
             ],
@@ -46,7 +46,7 @@ def test_a_task_is_outlined_with_its_children() -> None:
         "backup run nightly [x]: canceled 1:02 (by request)",
         "  backup VM web: success 1.5 s",
         "    transfer: pending 40 %",
-        "      warning: slow",
+        "      warning: slow: no room",
     ]
 
 
