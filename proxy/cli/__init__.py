@@ -11,7 +11,7 @@ import click
 from proxy import __version__
 from proxy.cli import failures
 
-_NAMES = ("backups", "call", "demo", "serve", "simulate", "tasks")
+_NAMES = ("backups", "call", "demo", "serve", "simulate", "sweep", "tasks")
 
 
 class _Commands(click.Group):

@@ -119,7 +119,7 @@ def restore(
 
     The pool's password is read from the environment variable XAPI_PASSWORD, or asked for.
     """
-    credentials = {"username": user, "password": _password(pool)}
+    credentials = {"username": user, "password": pool_password(pool)}
     params = {
         "backupId": backup_id,
         "remote": {"url": remote_url},
@@ -139,7 +139,7 @@ def restore(
     click.echo(end["id"])
 
 
-def _password(pool: str) -> str | None:
+def pool_password(pool: str) -> str | None:
     """``None`` when the pool's URL holds it."""
     with contextlib.suppress(ValueError):  # the daemon says what is wrong with it
         if urlsplit(pool).password is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NO_SUCH_METHOD = -32601
 
 
-class _RemoteUrl(click.ParamType[str]):
+class RemoteUrl(click.ParamType[str]):
     """``@FILE`` is what stands in FILE: a command line, and the secrets in it, can be read by
     every user of the machine."""
 
@@ -37,7 +37,7 @@ class _RemoteUrl(click.ParamType[str]):
         return text
 
 
-remote_argument = click.argument("remote_url", metavar="REMOTE", type=_RemoteUrl())
+remote_argument = click.argument("remote_url", metavar="REMOTE", type=RemoteUrl())
 
 
 def ask(client: Client, remote_url: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import unquote_plus
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
@@ -86,6 +87,14 @@ def parse(document: bytes) -> Element:
         raise Corrupt(f"the answer is no XML: {error}") from error
     assert builder.root is not None, "expat refuses a document without an element"
     return builder.root
+
+
+def decoded(text: str | None, *, encoded: bool) -> str:
+    """A name of a listing, which says itself whether its names are ``encoded`` (``EncodingType``
+    is ``url``).  ``ValueError`` for one that is missing or no UTF-8."""
+    if text is None:
+        raise ValueError("an entry has no name")
+    return unquote_plus(text, errors="strict") if encoded else text
 
 
 def can_hold(text: str) -> bool:

@@ -28,7 +28,8 @@ async def try_targets(
     ``attempt`` gets its number, from 1, and the targets; it returns the ids of those that failed
     and are worth another attempt, or raises when nothing came of it.  ``has`` says whether a
     target has its backup from the present attempt.  Each new attempt is a retry in the log of
-    ``task``, with ``message``.  Raises what the last attempt raised; targets that failed beside
+    ``task``, with ``message``; what it says of targets that are not tried again goes on to count.
+    Raises what the last attempt raised; targets that failed beside
     others that did not speak for themselves in the log.
     """
     missing = dict(wanted)
@@ -48,5 +49,6 @@ async def try_targets(
                 raise error
             return
         reason = str(error) if error is not None else f"{len(failed)} targets failed"
-        task.retry(message, {"attempt": number, "error": reason})
+        kept = wanted.keys() - set(failed)
+        task.retry(message, {"attempt": number, "error": reason}, kept=kept)
         missing = {one: missing[one] for one in failed}

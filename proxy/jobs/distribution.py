@@ -158,6 +158,9 @@ class DistributedTarget:
             if parent is not self._export or member is self._chosen:
                 await member.clean(parent, merge=merge)
 
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        await self._chosen.check_health(parent, backup, **properties)
+
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await self._use().write_full(export, copy, consumer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import trio
@@ -48,6 +49,7 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> li
             await _clean(task, targets)
         raise
     if not task.cancel_requested:
+        await _check(task, backup, targets)
         await _clean(task, targets)
     return failed
 
@@ -196,6 +198,12 @@ async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:
         used = int(vdi.get("physical_utilisation") or 0) or size
         total += -(-min(used, size) // _MIB) * (_MIB + 1536)
     return total
+
+
+async def _check(task: Task, backup: VmBackup, targets: Sequence[Target]) -> None:
+    async with trio.open_nursery() as nursery:
+        for target in targets:
+            nursery.start_soon(partial(target.check_health, task, backup, id=target.id))
 
 
 async def _clean(task: Task, targets: Sequence[Target]) -> None:

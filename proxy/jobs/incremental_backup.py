@@ -303,6 +303,7 @@ class _Attempt:
                 finally:
                     run.leave()
                     ended.set()
+                await target.check_health(export, self._backup)
                 await self._released.wait()
                 await target.clean(export, merge=True)
         except Exception as error:

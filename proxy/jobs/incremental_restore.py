@@ -17,7 +17,7 @@ from proxy.jobs.differential_restore import Nearest, find_nearest
 from proxy.jobs.restored_vm import dress_restored
 from proxy.jobs.undo import undo_step
 from proxy.repository.paths import disk_path
-from proxy.xapi import ownership, vm_create, vms
+from proxy.xapi import vm_create, vms
 from proxy.xapi.vdi_import import import_vdi
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from proxy.disks.disk import Disk
     from proxy.jobs.requests import RestoreRequest
+    from proxy.jobs.restored_vm import Dress
     from proxy.remotes import Remote
     from proxy.repository import BackupRecord
     from proxy.runtime.buffers import BufferPool
@@ -61,11 +62,13 @@ async def restore_incremental(
     record: BackupRecord,
     xapi: Xapi,
     *,
-    installation: str,
+    marks: Mapping[str, str],
+    dress: Dress = dress_restored,
 ) -> dict[str, Any]:
-    """The work of a restore's root task; answers ``{size, id}`` with the new VM's uuid.
+    """Restore inside ``task``; answers ``{size, id}`` with the new VM's uuid.
 
-    ``size`` is the bytes of the blocks sent.  After a failure or a cancel the half-made VM
+    ``size`` is the bytes of the blocks sent.  ``marks`` name the run on what is made until
+    ``dress`` finishes it.  After a failure or a cancel the half-made VM
     and its disks are gone.
     """
     metadata = record.metadata
@@ -75,8 +78,7 @@ async def restore_incremental(
             " what can be restored",
             data={"path": record.backup.id},
         )
-    marks = {ownership.PROXY: installation, ownership.RUN: task.id}
-    restore = _Restore(task, request, remote, record, xapi, marks)
+    restore = _Restore(task, request, remote, record, xapi, marks, dress)
     async with task.child("transfer") as transfer:
         result = await restore.run(transfer)
         transfer.result = result
@@ -92,6 +94,7 @@ class _Restore:
         record: BackupRecord,
         xapi: Xapi,
         marks: Mapping[str, str],
+        dress: Dress,
     ) -> None:
         self._task = task
         self._request = request
@@ -100,6 +103,7 @@ class _Restore:
         self._metadata = record.metadata
         self._xapi = xapi
         self._marks = marks
+        self._dress = dress
         self._sent = 0
 
     async def run(self, transfer: Task) -> dict[str, Any]:
@@ -141,7 +145,7 @@ class _Restore:
             for disk in disks:
                 await vm_create.release_vdi(xapi, disk.made, disk.vdi)
             await vm_create.release_vm(xapi, vm_ref, self._metadata["vm"])
-            await dress_restored(xapi, vm_ref, self._request, self._record)
+            await self._dress(xapi, vm_ref, self._request, self._record)
             return {"size": total, "id": await xapi.call("VM.get_uuid", vm_ref)}
 
     # -- the backup's side -------------------------------------------------------------------

@@ -74,7 +74,8 @@ class IncrementalTarget:
                 transfer.result = {"size": writer.size}
             await self.target.lock.check()
             assert copy.metadata is not None
-            await writer.commit({**copy.metadata, "tags": tags})
+            backup = await writer.commit({**copy.metadata, "tags": tags})
+        self.target.stored = backup.id
         copy.stored.add(self.target.id)
         if not settings.delete_first:
             await delete_old(export, old)

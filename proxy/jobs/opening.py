@@ -36,6 +36,7 @@ async def open_remotes(
                 raise NotFound(f"the call names no remote {remote_id}", data={"id": remote_id})
             with deadline(f"opening remote {remote_id}", seconds):
                 opened[remote_id] = await stack.enter_async_context(services.remote(spec))
+            await services.sweeper.contact_remote(root, opened[remote_id])
         except ProxyError as error:
             await failed(root.child("get remote adapter", id=remote_id, type="remote"), error)
     return opened

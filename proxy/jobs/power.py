@@ -42,7 +42,8 @@ async def restarted(
         await vms.start(xapi, vm_ref)
         finished = True
 
-    mark = f"{backup.installation}/{backup.run_id}"
+    owner = ownership.Owner(backup.installation, backup.run_id)
+    mark = ownership.shut_down_mark(owner, backup.uuid)
     try:
         await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: mark})
         yield start_now
@@ -59,13 +60,16 @@ async def start_left_off(task: Task, backup: VmBackup) -> bool:
     Only one that is still halted and carries the mark of a run of this installation that is
     not alive: a VM that somebody else keeps halted stays so, with another's mark on it too.
     """
-    mark = backup.vm.get("other_config", {}).get(ownership.SHUT_DOWN, "")
-    installation, _, run = mark.partition("/")
-    if installation != backup.installation or backup.is_live_run(run):
+    owner = ownership.shut_down_by(backup.vm)
+    if owner is None or owner.installation != backup.installation:
+        return False
+    if backup.is_live_run(owner.run):
         return False
     halted = backup.vm.get("power_state") == "Halted"
     if halted:
-        task.warning("an interrupted run left the VM shut down: it is started again", {"run": run})
+        task.warning(
+            "an interrupted run left the VM shut down: it is started again", {"run": owner.run}
+        )
         await vms.start(backup.xapi, backup.vm_ref)
     await backup.xapi.update_map("VM", backup.vm_ref, "other_config", {ownership.SHUT_DOWN: None})
     return halted

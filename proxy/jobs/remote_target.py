@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.disks.opening import open_chain
 from proxy.errors import ProxyError
 from proxy.formats.vhd import BLOCK_SIZE
+from proxy.jobs.health_check import wanted
 from proxy.jobs.incremental_target import IncrementalTarget
 from proxy.jobs.remote_retention import delete_old, plan_retention
 from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal
@@ -106,6 +107,8 @@ class RemoteTarget:
         self._job_id = job_id
         self._damage = damage
         self._parents: dict[str, Parent] = {}
+        self.stored: str | None = None
+        """Path of the metadata of the backup that was stored here."""
 
     @property
     def encodes(self) -> bool:
@@ -138,6 +141,11 @@ class RemoteTarget:
                         merge=merge,
                         progress=partial(self._merging, clean),
                     )
+
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        check = wanted(self.settings, backup.tags)
+        if check is not None and self.stored is not None:
+            await backup.checks.of_backup(parent, check, self.remote, self.stored, **properties)
 
     @contextlib.asynccontextmanager
     async def _merging(
@@ -173,7 +181,7 @@ class RemoteTarget:
                 transfer.complete_progress()
                 transfer.result = {"size": writer.size}
             await self.lock.check()
-            await writer.commit(
+            backup = await writer.commit(
                 {
                     "jobId": copy.job_id,
                     "mode": "full",
@@ -186,6 +194,7 @@ class RemoteTarget:
                 },
                 copy.digest(),
             )
+        self.stored = backup.id
         copy.stored.add(self.id)
         if not settings.delete_first:
             await delete_old(export, old)

@@ -75,7 +75,7 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
     remote_ids = ids_of(job.get("remotes"))
-    levels.refuse_wrong()
+    levels.refuse_wrong([*remote_ids, *ids_of(job.get("srs"))])
     _refuse_unsupported(job, levels)
     compression = job.get("compression") or ""
     return VmJob(
@@ -94,8 +94,6 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
 def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
     if ids_of(job.get("srs")):
         raise Refused("replication to SRs is not available yet", code="ENOTSUP")
-    if levels.run.health_check_sr is not None:
-        raise Refused("health checks are not available yet: unset healthCheckSr", code="ENOTSUP")
 
 
 @dataclass(frozen=True, slots=True)

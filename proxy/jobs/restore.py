@@ -12,13 +12,14 @@ from proxy.errors import Corrupt, Refused
 from proxy.jobs.restored_vm import dress_restored
 from proxy.jobs.undo import undo_step
 from proxy.runtime.buffers import Buffer, BufferPool
-from proxy.xapi import ownership, vm_create, vms
+from proxy.xapi import vm_create, vms
 from proxy.xapi.migration import OPERATIONS, REASON
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from proxy.jobs.requests import RestoreRequest
+    from proxy.jobs.restored_vm import Dress
     from proxy.remotes import FileReader, Remote
     from proxy.repository import BackupRecord
     from proxy.tasks import Task
@@ -35,11 +36,13 @@ async def restore_full(
     record: BackupRecord,
     xapi: Xapi,
     *,
-    installation: str,
+    marks: Mapping[str, str],
+    dress: Dress = dress_restored,
 ) -> dict[str, Any]:
-    """The work of a restore's root task; answers ``{size, id}`` with the new VM's uuid.
+    """Restore inside ``task``; answers ``{size, id}`` with the new VM's uuid.
 
-    After a failure or a cancel the half-made VM and its disks are gone.
+    ``marks`` name the run on what is made until ``dress`` finishes it.  After a failure or a
+    cancel the half-made VM and its disks are gone.
     """
     for key, given in {
         "mapVdisSrs": request.map_vdis_srs,
@@ -62,9 +65,11 @@ async def restore_full(
                     raise Corrupt("the archive holds no VM: nothing was restored")
                 transfer.complete_progress()
                 vm_ref = made[0]
-                marks = {ownership.PROXY: installation, ownership.RUN: task.id}
                 await _mark(xapi, vm_ref, marks)
-                await _dress(xapi, vm_ref, request, record)
+                await _unblock_migration(xapi, vm_ref)
+                if request.new_mac_addresses:
+                    await _renew_macs(xapi, vm_ref)
+                await dress(xapi, vm_ref, request, record)
                 result = {"size": file.size, "id": await xapi.call("VM.get_uuid", vm_ref)}
         transfer.result = result
     return result
@@ -158,13 +163,6 @@ async def _mark(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> None:
     await xapi.call("VM.set_name_label", vm_ref, vm_create.importing(vm["name_label"]))
     config: dict[str, str] = vm.get("other_config") or {}
     await xapi.call("VM.set_other_config", vm_ref, {**config, **marks})
-
-
-async def _dress(xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord) -> None:
-    await _unblock_migration(xapi, vm_ref)
-    if request.new_mac_addresses:
-        await _renew_macs(xapi, vm_ref)
-    await dress_restored(xapi, vm_ref, request, record)
 
 
 async def _unblock_migration(xapi: Xapi, vm_ref: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from proxy.repository import date_name
 from proxy.xapi import ownership, vm_create
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from proxy.jobs.requests import RestoreRequest
     from proxy.repository import BackupRecord
     from proxy.xapi import Xapi
+
+
+class Dress(Protocol):
+    """What is done last, when a restored VM is complete under its temporary name.
+
+    When it returns nobody destroys the VM any more: it gives the VM its name, and takes off the
+    marks of the run or hands the VM to somebody who will.
+    """
+
+    async def __call__(
+        self, xapi: Xapi, vm_ref: str, request: RestoreRequest, record: BackupRecord
+    ) -> None: ...
 
 
 async def dress_restored(
@@ -36,7 +48,7 @@ async def dress_restored(
     if request.additional_vm_tag:
         await xapi.call("VM.add_tags", vm_ref, request.additional_vm_tag)
     await xapi.call("VM.set_name_description", vm_ref, description)
-    await xapi.update_map("VM", vm_ref, "other_config", {ownership.SHUT_DOWN: None})
+    await ownership.forget_interventions(xapi, vm_ref)
     date = date_name(record.backup.timestamp)
     await xapi.call("VM.set_name_label", vm_ref, f"{name} ({date})")
     await ownership.reset_keys(xapi, vm_ref)

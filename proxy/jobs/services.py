@@ -17,7 +17,7 @@ from proxy.jobs.metadata_run import run_metadata_job
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
-from proxy.jobs.sweep import Sweeper
+from proxy.jobs.sweep import Sweeper, SweepRequest, run_sweep
 from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
@@ -28,6 +28,7 @@ from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_back
 from proxy.repository.verify import sample_of
 from proxy.runtime import secrets
 from proxy.xapi import Xapi, XapiOptions, connect
+from proxy.xapi.ownership import Owner, acting_for
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -188,11 +189,11 @@ class Services:
                 self.xapi(request.xapi) as xapi,
             ):
                 await self.sweeper.contact(root, xapi)
+                await self.sweeper.contact_remote(root, remote)
+                marks = Owner(self.installation, root.id).marks
                 restore = restore_full if record.backup.mode == "full" else restore_incremental
                 with told(root, remote):
-                    return await restore(
-                        root, request, remote, record, xapi, installation=self.installation
-                    )
+                    return await restore(root, request, remote, record, xapi, marks=marks)
 
         properties = {
             "backupId": request.backup_id,
@@ -268,10 +269,27 @@ class Services:
         run.begin(lambda work: self._start("verify", request.properties(), work), work)
         return run
 
+    def start_sweep(self, request: SweepRequest) -> Task:
+        """Begin to remove what dead runs left, and return the root task at once."""
+        self._refuse_when_stopping()
+        if not request.xapis and not request.remotes:
+            raise Refused(
+                "nothing to sweep: the call names neither pools (xapis) nor remotes",
+                code="EINVAL",
+                data={"part": "xapis"},
+            )
+        secrets.remember_in([*request.remotes.values(), *request.xapis.values()])
+
+        async def work(root: Task) -> dict[str, Any]:
+            return await run_sweep(self, request, root)
+
+        return self._start("sweep", {"dryRun": request.dry_run}, work)
+
     def _start(self, name: str, properties: dict[str, Any], work: Callable[[Task], Any]) -> Task:
         async def counted(root: Task) -> Any:
             try:
-                return await work(root)
+                with acting_for(Owner(self.installation, root.id), self._is_live):
+                    return await work(root)
             finally:
                 self._live.pop(root.id, None)
                 self.sweeper.ended(root)
@@ -281,6 +299,9 @@ class Services:
         task = self.tasks.start(name, properties, counted)
         self._live[task.id] = task
         return task
+
+    def _is_live(self, run: str) -> bool:
+        return self.tasks.live(run) is not None
 
     def running_jobs(self) -> list[str]:
         """Ids of the jobs that have a run alive."""

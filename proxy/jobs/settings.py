@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 
+from proxy.config import parse_duration
 from proxy.errors import Refused
 from proxy.jobs.rate_windows import RateWindow, rate_now
 from proxy.repository import old_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _Count = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]
 
@@ -37,6 +40,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     get_remote_timeout: _Count = 300_000
     """Longest wait for a remote to open, and for the lock of a VM's directory on it."""
     health_check_sr: str | None = None
+    """Where the VM of a health check is made; none is made without."""
+    health_check_timeout: str | _Count = "10m"
+    """For its guest to come up: milliseconds, or as ``'90s'``."""
+    health_check_vms_with_tags: list[str] = []
+    """Only VMs with one of these tags are checked; empty is every VM."""
     long_term_retention: dict[str, Any] = {}
     max_export_rate: _Count = 0
     """Bytes per second over all VMs of the run; 0 is no limit."""
@@ -66,6 +74,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         """What says how many bytes per second the run may move now; 0 is no limit."""
         return rate_now(self.max_export_rate, self.max_export_rate_windows, self.timezone)
 
+    @property
+    def health_check_seconds(self) -> float:
+        """Raises ``Refused`` for a timeout that is no duration to wait for."""
+        try:
+            seconds = float(parse_duration(self.health_check_timeout))
+        except ValueError as error:
+            raise Refused(f"healthCheckTimeout: {error}", code="EINVAL") from error
+        if not 0 < seconds < math.inf:
+            raise Refused("healthCheckTimeout must be neither zero nor endless", code="EINVAL")
+        return seconds
+
 
 REPORT_KEYS = frozenset(
     {"reportWhen", "backupReportTpl", "hideSuccessfulItems", "reportRecipients", "useBasicAuth"}
@@ -78,9 +97,8 @@ WITHOUT_EFFECT = {
 }
 """Keys that Xen Orchestra knows and nobody reads: told once, with the reason."""
 
-HEALTH_KEYS = frozenset({"healthCheckVmsWithTags", "healthCheckTimeout"})
 REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
-IGNORED = REPORT_KEYS | HEALTH_KEYS | REPLICATION_KEYS
+IGNORED = REPORT_KEYS | REPLICATION_KEYS
 
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 
@@ -106,22 +124,32 @@ class SettingLevels:
         levels = [*self._base, self._job.get(vm_uuid), self._job.get(target_id)]
         return self._read(levels, target_id)
 
-    def refuse_wrong(self) -> None:
-        """Raise ``Refused`` for what is wrong at any level, and could only fail later.
+    def health_check_srs(self, ids: Iterable[str]) -> set[str]:
+        """Every SR that health checks of these VMs, remotes and SRs may use."""
+        found = {self.run.health_check_sr}
+        for each in ids:
+            # a wrong setting of one VM fails that VM, when it is its turn
+            with contextlib.suppress(Refused):
+                found.add(self._read([*self._base, self._job.get(each)], each).health_check_sr)
+        return {sr for sr in found if sr is not None}
 
-        What contradicts itself on one VM fails that VM, not the run: see
-        :func:`refuse_contradictions`.
+    def refuse_wrong(self, places: Iterable[str]) -> None:
+        """Raise ``Refused`` for what is wrong and could only fail later.
+
+        Looked at are the run's own levels and those of ``places``: ids of targets before the
+        run, of a VM before its backup, so that a wrong setting of one VM fails only that.
         """
         self._check(self.run, "the job")
-        for where, level in self._job.items():
-            if where:
-                self._check(self._read([*self._base, level], where), where)
+        for where in places:
+            if where in self._job:
+                self._check(self._read([*self._base, self._job[where]], where), where)
 
     @staticmethod
     def _check(settings: Settings, where: str) -> None:
         try:
             old_entries(0, [], settings.long_term_retention or None, settings.timezone)
             settings.export_rate()
+            _ = settings.health_check_seconds
         except Refused as error:
             raise _invalid(where, error.message) from error
 

@@ -111,6 +111,13 @@ class Target(Protocol):
         """The writer of one incremental backup."""
         ...
 
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        """Boot what was stored here in this attempt, if its settings ask for it.
+
+        A task below ``parent``, with ``properties``; what goes wrong stands in the log only.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:

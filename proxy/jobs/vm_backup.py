@@ -15,8 +15,9 @@ from proxy.xapi import ownership, vms
 from proxy.xapi.snapshots import take_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
+    from proxy.jobs.health_check import HealthChecks
     from proxy.jobs.rate_limit import RateLimit
     from proxy.jobs.requests import VmJob
     from proxy.jobs.settings import Settings
@@ -52,12 +53,17 @@ class VmBackup:
     vm: dict[str, Any]
     settings: Settings
     defaults: Defaults
+    checks: HealthChecks
     stored: set[str] = field(default_factory=set[str])
     """Ids of the targets that have their backup, whatever happened afterwards."""
 
     @property
     def uuid(self) -> str:
         return str(self.vm["uuid"])
+
+    @property
+    def tags(self) -> Sequence[str]:
+        return self.vm.get("tags") or ()
 
 
 def refuse_vm(backup: VmBackup) -> None:
@@ -112,6 +118,7 @@ async def snapshot(
                     ownership.RUN: None,
                     ownership.PROXY: None,
                     ownership.SHUT_DOWN: None,
+                    ownership.BLOCKED + backup.run_id: None,
                 },
             )
             await ownership.set_content_keys(xapi, ref)

@@ -12,7 +12,9 @@ from proxy.errors import Many, NotFound, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import DistributedDestination
+from proxy.jobs.health_check import HealthChecks, is_filtered, tell_filtered
 from proxy.jobs.opening import failed, open_remotes
+from proxy.jobs.patterns import ids_of
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
 from proxy.jobs.run_limits import RunLimits
@@ -36,6 +38,9 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     settings = job.settings.run
     for sentence in job.settings.without_effect():
         root.warning(sentence)
+    checks = HealthChecks(services, job.request, root)
+    targets = [*job.remote_ids, *ids_of(job.request.job.get("srs"))]
+    await checks.find_srs(job.settings.health_check_srs([*job.vms, *targets]))
     async with contextlib.AsyncExitStack() as stack:
         remotes = await open_remotes(
             services,
@@ -53,7 +58,7 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
-        run = _VmRun(services, job, root, destinations)
+        run = _VmRun(services, job, root, destinations, checks)
         async with trio.open_nursery() as nursery:
             for vm_uuid in job.vms:
                 nursery.start_soon(run.one_vm, vm_uuid)
@@ -63,12 +68,18 @@ class _VmRun:
     """The VMs of one run."""
 
     def __init__(
-        self, services: Services, job: VmJob, root: Task, destinations: Sequence[Destination]
+        self,
+        services: Services,
+        job: VmJob,
+        root: Task,
+        destinations: Sequence[Destination],
+        checks: HealthChecks,
     ) -> None:
         self._services = services
         self._job = job
         self._root = root
         self._destinations = {one.id: one for one in destinations}
+        self._checks = checks
         settings = job.settings.run
         self._limits = RunLimits(
             root,
@@ -105,6 +116,7 @@ class _VmRun:
                 await failed(self._vm_task(vm_uuid, None), error)
                 return
             async with self._vm_task(vm_uuid, vm["name_label"]) as task:
+                self._job.settings.refuse_wrong([vm_uuid])
                 settings = self._job.settings.vm(vm_uuid, vm.get("tags", ()))
                 with (
                     self._limits.time_limit(),
@@ -129,11 +141,16 @@ class _VmRun:
         if await start_left_off(task, backup):
             backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
 
+        stored: set[str] = set()
+
         async def attempt(number: int, missing: Mapping[str, Settings]) -> list[str]:
             nonlocal backup
             if number > 1:
                 backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
-            return await self._attempt(task, backup, missing)
+            try:
+                return await self._attempt(task, backup, missing)
+            finally:
+                stored.update(backup.stored)
 
         await try_targets(
             task,
@@ -143,6 +160,8 @@ class _VmRun:
             has=lambda target: target in backup.stored,
             message="Retry the VM backup due to an error",
         )
+        if stored and is_filtered(settings, backup.tags):
+            await tell_filtered(task)
 
     def _vm_backup(self, xapi: Xapi, ref: str, vm: dict[str, Any], settings: Settings) -> VmBackup:
         config = self._services.config
@@ -164,6 +183,7 @@ class _VmRun:
                 vhd_directory_compression=config.backups.vhd_directory_compression,
                 prefer_nbd=config.xapi_options.prefer_nbd,
             ),
+            checks=self._checks,
         )
 
     def _wanted(self, vm: dict[str, Any], settings: Settings) -> dict[str, Settings]:

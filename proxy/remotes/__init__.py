@@ -9,6 +9,7 @@ from proxy.remotes.interface import (
     FileStat,
     FileWriter,
     Lock,
+    OpenUpload,
     Remote,
     RemoteInfo,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "FileStat",
     "FileWriter",
     "Lock",
+    "OpenUpload",
     "Remote",
     "RemoteInfo",
     "RemoteOptions",

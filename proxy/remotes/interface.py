@@ -57,6 +57,19 @@ class FileStat:
     is_dir: bool
 
 
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """A file that somebody began to send to an object store and has neither completed nor given
+    up: no listing shows it, but its parts are paid for.
+
+    ``initiated`` is seconds since the epoch by the store's clock.
+    """
+
+    path: str
+    upload_id: str
+    initiated: float
+
+
 class FileWriter(Protocol):
     """A file being written under a temporary name; see :meth:`Remote.create`."""
 
@@ -272,8 +285,10 @@ class Remote(Protocol):
 
     async def info(self) -> RemoteInfo: ...
 
-    # Object stores have two more, for ``remote.test`` and statistics:
-    # ``async capabilities() -> Mapping[str, Any]``, ``requests() -> Mapping[str, int]``.
+    # Object stores have more, for ``remote.test`` and statistics: ``async capabilities() ->
+    # Mapping[str, Any]``, ``requests() -> Mapping[str, int]``; and for what dead writers left
+    # behind: ``async open_uploads(path) -> Sequence[OpenUpload]``, ``async abort_upload(upload)``.
+    # ``proxy.remotes.wrapper`` has functions that ask any remote for them.
 
     async def aclose(self) -> None: ...
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FileStat,
         FileWriter,
         Lock,
+        OpenUpload,
         Remote,
         RemoteInfo,
     )
@@ -116,6 +117,32 @@ async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
     return [False] * len(files) if asked is None else await asked(files)
 
 
+async def open_uploads_of(remote: Remote, path: str) -> Sequence[OpenUpload]:
+    """What somebody began to send below the directory ``path`` and has not completed.
+
+    All of it or an error, but for what this process itself has under way, and for stores that
+    tell nothing of it: file systems, Azure (which forgets them after a week), and MinIO (it
+    tells those of whole names alone; it forgets them after a day).  ``Unauthorized`` without the
+    permission ``s3:ListBucketMultipartUploads``, ``Refused`` (``ENOTSUP``) by a server that does
+    not know the call.
+
+    **Their writers may be alive**, in another proxy or in Xen Orchestra, which takes no lock in
+    an object store: hold the lock of the directory, and leave alone what may still be growing.
+    """
+    asked = getattr(remote, "open_uploads", None)
+    return () if asked is None else await asked(path)
+
+
+async def abort_upload_of(remote: Remote, upload: OpenUpload) -> None:
+    """Give up what :func:`open_uploads_of` told of: its writer can no longer complete it.
+
+    No error when it is gone.  On cancel it is given up or not.
+    """
+    asked = getattr(remote, "abort_upload", None)
+    if asked is not None:
+        await asked(upload)
+
+
 class Wrapper:
     """Passes everything to ``inner``; see :class:`proxy.remotes.interface.Remote`."""
 
@@ -139,6 +166,18 @@ class Wrapper:
         return await self.around(
             Operation("protected", files[0] if files else ""),
             lambda: protected_of(self.inner, files),
+        )
+
+    async def open_uploads(self, path: str) -> Sequence[OpenUpload]:
+        """See :func:`open_uploads_of`."""
+        return await self.around(
+            Operation("open_uploads", path), lambda: open_uploads_of(self.inner, path)
+        )
+
+    async def abort_upload(self, upload: OpenUpload) -> None:
+        """See :func:`abort_upload_of`."""
+        await self.around(
+            Operation("abort_upload", upload.path), lambda: abort_upload_of(self.inner, upload)
         )
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:

@@ -84,6 +84,27 @@ async def prune_metadata(
         raise Many(f"{len(errors)} old backups could not be deleted", errors)
 
 
+async def remove_unfinished(
+    remote: Remote,
+    directory: str,
+    *,
+    lock: Lock,
+    warn: Warn,
+    now: Callable[[], float] = time.time,
+) -> list[str]:
+    """Remove what dead runs left in ``directory``, whose ``lock`` the caller holds.
+
+    The names of those that are no backup either but stay: young ones, since Xen Orchestra takes
+    no lock, and what holds other files.  May be stopped anywhere and run again.
+    """
+    older_than = now() - ORPHAN_AGE
+    return [
+        name
+        for name in (await read_dated(remote, directory)).incomplete
+        if not await _remove_dead(remote, directory, name, lock, warn, older_than=older_than)
+    ]
+
+
 async def delete_metadata_backup(
     remote: Remote, backup_id: str, *, owner: str = "delete", wait: float = 0
 ) -> None:
@@ -112,38 +133,55 @@ async def _remove(remote: Remote, path: str) -> None:
 
 async def _remove_dead(
     remote: Remote, directory: str, name: str, lock: Lock, warn: Warn, *, older_than: float
-) -> None:
-    """Remove a directory without metadata that nobody can be writing; in doubt it stays.
+) -> bool:
+    """Remove a directory without metadata that nobody can be writing; whether it is no more.
+
+    In doubt it stays.
+    """
+    path = f"{directory}/{name}"
+    try:
+        files = await _dead_files(remote, path, warn, older_than=older_than)
+        if files is None:
+            return False
+        await lock.check()
+        with undo_within(f"removing {path}", _ONE_SECONDS):
+            if not await _may_exist(remote, f"{path}/{METADATA_NAME}"):  # else it is a backup now
+                for file in files:
+                    await remote.unlink(file)
+                await remote.rmdir(path)  # refuses when something has come since
+    except NotFound:
+        pass  # an object store knows no empty directory
+    except ProxyError as error:
+        warn(f"could not remove the unfinished backup {name}", {"path": path, "error": str(error)})
+        return False
+    return True
+
+
+async def _dead_files(
+    remote: Remote, path: str, warn: Warn, *, older_than: float
+) -> list[str] | None:
+    """The files of a directory without metadata; ``None`` when somebody may be writing it, or
+    it is something else.
 
     We hold the lock, but Xen Orchestra takes none and object stores may have none: everything in
     it must be old.
     """
-    path = f"{directory}/{name}"
-    try:
-        named = timestamp_of(name)
-        if named is None or named / 1000 > older_than:
-            return
-        entries = await remote.list(path)
-        if any(entry.is_dir or not _OURS.fullmatch(entry.name) for entry in entries):
-            warn(
-                f"{name} is no backup and holds files that are not a backup's: it stays",
-                {"path": path},
-            )
-            return
-        for entry in entries:
-            if (await remote.stat(f"{path}/{entry.name}")).mtime > older_than:
-                return
-        await lock.check()
-        with undo_within(f"removing {path}", _ONE_SECONDS):
-            if await _may_exist(remote, f"{path}/{METADATA_NAME}"):
-                return  # it has come since: a backup
-            for entry in entries:
-                await remote.unlink(f"{path}/{entry.name}")
-            await remote.rmdir(path)  # refuses when something has come since
-    except NotFound:
-        return  # an object store knows no empty directory
-    except ProxyError as error:
-        warn(f"could not remove the unfinished backup {name}", {"path": path, "error": str(error)})
+    name = path.rpartition("/")[2]
+    named = timestamp_of(name)
+    if named is None or named / 1000 > older_than:
+        return None
+    entries = await remote.list(path)
+    if any(entry.is_dir or not _OURS.fullmatch(entry.name) for entry in entries):
+        warn(
+            f"{name} is no backup and holds files that are not a backup's: it stays",
+            {"path": path},
+        )
+        return None
+    files = [f"{path}/{entry.name}" for entry in entries]
+    for file in files:
+        if (await remote.stat(file)).mtime > older_than:
+            return None
+    return files
 
 
 async def _may_exist(remote: Remote, path: str) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         BackupRequest,
         MetadataRestoreRequest,
         RestoreRequest,
+        SweepRequest,
         VerifyRequest,
         VerifyRun,
     )
@@ -68,6 +69,8 @@ class Services(Protocol):
     async def start_metadata_restore(self, request: MetadataRestoreRequest, /) -> Task: ...
 
     async def start_verify(self, request: VerifyRequest, /) -> VerifyRun: ...
+
+    def start_sweep(self, request: SweepRequest, /) -> Task: ...
 
     def running_jobs(self) -> list[str]: ...
 

@@ -14,6 +14,7 @@ For ``demo``, ``simulate`` and tests; the daemon never imports it.
 from proxy.simulator.calls import CallRecord, Peer
 from proxy.simulator.disks import DiskContent, ImageFile
 from proxy.simulator.faults import Fault, Gate
+from proxy.simulator.guests import GuestScript
 from proxy.simulator.pool import SimulatedPool
 from proxy.simulator.server import serve, serve_connection
 from proxy.simulator.standalone import SimulatorOptions, run_standalone, standalone_info
@@ -24,6 +25,7 @@ __all__ = [
     "DiskContent",
     "Fault",
     "Gate",
+    "GuestScript",
     "ImageFile",
     "Peer",
     "SimulatedPool",

@@ -54,11 +54,11 @@ async def export_disk(pool: SimulatedPool, wire: Wire, request: Head, transfer: 
         async with _told_in_body(wire):
             if chosen.largest is not None and record["virtual_size"] > chosen.largest:
                 raise XapiError("VDI_TOO_LARGE", [vdi, str(chosen.largest)])
-            drives.append(pool.disks.attach_to_dom0(vdi))
+            drives.append(pool.disks.attach_to_dom0(vdi, task=transfer.task))
             sending = Sending(
                 content=pool.disks.content(vdi).copy(),
                 uuid=uuid.UUID(pool.store.new_uuid()),
-                base=_base(pool, request, drives),
+                base=_base(pool, request, transfer.task, drives),
                 damage=transfer.fault.damage if transfer.fault else None,
             )
             pieces, size = await in_thread(Work.DISK, chosen.send, sending)
@@ -71,7 +71,7 @@ async def export_disk(pool: SimulatedPool, wire: Wire, request: Head, transfer: 
         release(pool, drives)
 
 
-def _base(pool: SimulatedPool, request: Head, drives: list[str]) -> Base | None:
+def _base(pool: SimulatedPool, request: Head, task: str, drives: list[str]) -> Base | None:
     """The disk that ``base`` names, attached too; raises ``XapiError``."""
     identifier = request.query.get("base") or request.cookies.get("base")
     if not identifier:
@@ -79,7 +79,7 @@ def _base(pool: SimulatedPool, request: Head, drives: list[str]) -> Base | None:
     found = pool.store.find("VDI", identifier)
     vdi = identifier if found else pool.store.by_uuid("VDI", identifier)
     record = pool.store.get("VDI", vdi)
-    drives.append(pool.disks.attach_to_dom0(vdi))
+    drives.append(pool.disks.attach_to_dom0(vdi, task=task))
     sr = pool.store.get("SR", record["SR"])["uuid"]
     return Base(
         content=pool.disks.content(vdi).copy(),
@@ -116,7 +116,7 @@ async def import_disk(pool: SimulatedPool, wire: Wire, request: Head, transfer: 
     inlet = Inlet(pool, wire, transfer)
     try:
         async with _told_in_body(wire):
-            drives.append(pool.disks.attach_to_dom0(vdi, write=True))
+            drives.append(pool.disks.attach_to_dom0(vdi, write=True, task=transfer.task))
             if length:  # the probe before an upload writes nothing
                 pool.disks.unfinished.add(vdi)
             await _receive(wire, inlet, chosen, pool.disks.content(vdi), length)

@@ -38,7 +38,7 @@ async def export_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
     drives: list[str] = []
     try:
         ova_xml, disks = describe(pool, vm)
-        drives = [pool.disks.attach_to_dom0(vdi) for vdi, _ in disks]
+        drives = [pool.disks.attach_to_dom0(vdi, task=transfer.task) for vdi, _ in disks]
         sources = [
             ArchivedDisk(name, content.size, content.read, content.xxh64)
             for content, name in ((pool.disks.content(vdi), name) for vdi, name in disks)

@@ -14,6 +14,7 @@ from proxy.simulator.calls import Calls
 from proxy.simulator.devices import Devices
 from proxy.simulator.disks import DiskContent, ImageFile, Kind
 from proxy.simulator.faults import Fault, Faults, Gate, Gates, Stage
+from proxy.simulator.guests import STATE as SCRIPT_STATE
 from proxy.simulator.leftovers import leftovers
 from proxy.simulator.nbd import NbdHosts
 from proxy.simulator.sessions import Sessions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
     from pathlib import Path
 
+    from proxy.simulator.guests import GuestScript
     from proxy.simulator.transfers import Transfer
 
 MiB = 1024 * 1024
@@ -62,6 +64,8 @@ class SimulatedPool:
         """Seconds that a call needs before its effect, by canonical name."""
         self.boot_seconds = 0.0
         """From the start of a VM until its tools answer; negative: never."""
+        self.guest_script: GuestScript | None = None
+        """The test that guests run at their boot if it is planned for them."""
         self.dom0_lag = 0.0
         """Seconds that dom0 keeps a disk attached after a transfer."""
         self.is_old = False
@@ -269,19 +273,38 @@ class SimulatedPool:
             self.spawn(self._boot, vm)
 
     async def _boot(self, vm: str) -> None:
+        domain = self.store.get("VM", vm)["domid"]
         await trio.sleep(self.boot_seconds)
-        self._booted(vm)
+        if self._is_up(vm, domain):
+            self._booted(vm)
+            if self.guest_script is not None:
+                await self._run_script(vm, domain, self.guest_script)
+
+    def _is_up(self, vm: str, domain: int) -> bool:
+        """Whether it is still the same boot of the VM."""
+        record = self.store.find("VM", vm)
+        return record is not None and record["domid"] == domain
 
     def _booted(self, vm: str) -> None:
-        record = self.store.find("VM", vm)
-        if record is None or record["power_state"] != "Running":
-            return
-        self.store.update(
+        metrics = self.store.create(
             "VM_guest_metrics",
-            record["guest_metrics"],
             PV_drivers_detected=True,
+            PV_drivers_version={"major": "7", "minor": "30", "micro": "0", "build": "1"},
             networks={"0/ip": "127.0.0.1", "0/ipv4/0": "127.0.0.1"},
+            last_updated=now(),
+            live=True,
         )
+        self.store.update("VM", vm, guest_metrics=metrics)
+
+    async def _run_script(self, vm: str, domain: int, script: GuestScript) -> None:
+        if self.store.get("VM", vm)["xenstore_data"].get(SCRIPT_STATE) != "planned":
+            return
+        for seconds, values in script.steps():
+            await trio.sleep(seconds)
+            if not self._is_up(vm, domain):
+                return
+            data = self.store.get("VM", vm)["xenstore_data"]
+            self.store.update("VM", vm, xenstore_data={**data, **values})
 
     def next_domid(self) -> int:
         self._domains += 1

@@ -245,8 +245,10 @@ class Disks:
             if drive["currently_attached"] and clash and not record["sharable"]:
                 raise XapiError("VDI_IN_USE", [vdi])
 
-    def attach_to_dom0(self, vdi: str, *, write: bool = False) -> str:
-        """The drive that the pool makes while it reads or writes a disk.
+    def attach_to_dom0(self, vdi: str, *, write: bool = False, task: str = "") -> str:
+        """The drive that the pool makes while it reads or writes a disk, for ``task`` if any.
+
+        A host notes the task on the drive (xapi: ``vbd_task_key``), its NBD server notes nothing.
 
         Raises ``XapiError``: ``VDI_IN_USE`` when somebody may write it, or for ``write``
         when somebody has it at all; ``VDI_INCOMPATIBLE_TYPE`` when it has no data.
@@ -259,6 +261,7 @@ class Disks:
             VM=dom0,
             VDI=vdi,
             mode="RW" if write else "RO",
+            other_config={"task_id": task} if task else {},
             currently_attached=True,
             userdevice=str(len(self._store.get("VM", dom0)["VBDs"])),
         )

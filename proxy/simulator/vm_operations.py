@@ -41,11 +41,11 @@ _COPIED = """
     VCPUs_at_startup actions_after_softreboot actions_after_shutdown actions_after_reboot
     actions_after_crash PV_bootloader PV_kernel PV_ramdisk PV_args PV_bootloader_args
     PV_legacy_args HVM_boot_policy HVM_boot_params HVM_shadow_multiplier platform PCI_bus
-    other_config recommendations xenstore_data ha_always_run ha_restart_priority tags
-    bios_strings appliance start_delay shutdown_delay order suspend_SR version generation_id
-    hardware_platform_version has_vendor_device reference_label domain_type NVRAM
+    other_config recommendations xenstore_data ha_restart_priority tags bios_strings
+    generation_id hardware_platform_version has_vendor_device reference_label domain_type NVRAM
     last_boot_CPU_flags last_booted_record
 """.split()  # noqa: SIM905 - a list of forty lines says no more
+"""What a snapshot, a clone or a copy has of its VM; no blocked operations, no appliance."""
 _CREATED = """
     name_label name_description user_version is_a_template affinity memory_target
     memory_static_max memory_dynamic_max memory_dynamic_min memory_static_min VCPUs_params
@@ -271,6 +271,11 @@ class VmOperations:
         copied = {field: source[field] for field in _COPIED}
         copy = self._store.create("VM", name_label=name, **{**copied, **fields})
         self._store.update("VM", copy, metrics=self._store.create("VM_metrics"))
+        guest = self._store.find("VM_guest_metrics", source["guest_metrics"])
+        if guest is not None:
+            known = {field: value for field, value in guest.items() if field != "uuid"}
+            made = self._store.create("VM_guest_metrics", **known)
+            self._store.update("VM", copy, guest_metrics=made)
         for _, drive in self.vbds(vm):
             if drive["VDI"] in skipped:
                 continue
@@ -304,14 +309,13 @@ class VmOperations:
         for _, drive in self.vbds(vm):
             if drive["type"] == "Disk" and not is_null(drive["VDI"]):
                 self._pool.disks.check_free(drive["VDI"], write=drive["mode"] == "RW")
-        metrics = record["guest_metrics"]
-        if self._store.find("VM_guest_metrics", metrics) is None:
-            metrics = self._store.create("VM_guest_metrics")
-        self._store.update("VM_guest_metrics", metrics, PV_drivers_detected=False, networks={})
+        # What an earlier life, or the VM it was cloned from, reported: the tools make a new one.
+        if self._store.find("VM_guest_metrics", record["guest_metrics"]):
+            self._store.destroy("VM_guest_metrics", record["guest_metrics"])
         self._set_power(
             vm,
             "Paused" if paused else "Running",
-            guest_metrics=metrics,
+            guest_metrics=NULL,
             resident_on=self._pool.master,
             domid=self._pool.next_domid(),
             last_boot_CPU_flags={"vendor": "GenuineIntel", "features": "1fc3fbff-f7fa3223"},

@@ -19,7 +19,7 @@ from proxy.tasks.records import RunLog, describe_error, new_id
 from proxy.tasks.status import SKIPPED_MESSAGES, Status, worst
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Container, Iterator
 
 _log = structlog.get_logger("tasks")
 
@@ -85,10 +85,14 @@ class Task:
         """Something the operator should know that is no failure: warnings never change a status."""
         self._note("warning", self._warnings, message, data)
 
-    def retry(self, message: str, data: dict[str, Any]) -> None:
-        """A new attempt replaces the present children: their failures no longer count."""
+    def retry(self, message: str, data: dict[str, Any], *, kept: Container[object] = ()) -> None:
+        """A new attempt replaces the present children: their failures no longer count.
+
+        Except those whose property ``id`` is among ``kept``: nobody does these again.
+        """
         for child in self.children:
-            child.mark_replaced()
+            if child.properties.get("id") not in kept:
+                child.mark_replaced()
         self.warning(message, {**data, "isRetry": True})
 
     def progress(

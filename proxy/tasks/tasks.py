@@ -21,7 +21,7 @@ from proxy.tasks.status import Status
 from proxy.tasks.task import Run, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
 _log = structlog.get_logger("tasks")
 
@@ -71,6 +71,11 @@ class Tasks:
     def installation(self) -> str:
         """Names this installation; made with the journal and kept with it."""
         return self._journal.boots.journal
+
+    @property
+    def is_first_life(self) -> bool:
+        """Whether no daemon has used this journal before: then none can have died."""
+        return self._journal.boots.number == 1
 
     # -- starting ----------------------------------------------------------------------------
 
@@ -132,7 +137,7 @@ class Tasks:
         status: str | None = None,
         job_id: str | None = None,
         since: int | None = None,
-    ) -> AsyncIterator[msgspec.Raw]:
+    ) -> AsyncGenerator[msgspec.Raw]:
         """Root tasks, newest first, read in pages; ``since`` is a start time in ms."""
         await self._feed.flush(everything=True)
         before: tuple[int, str] | None = None

@@ -15,7 +15,7 @@ import structlog
 from proxy.errors import NoSuchObject, ProxyError, Unreachable, XapiError
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.trouble import tell_trouble
-from proxy.xapi import transfer
+from proxy.xapi import ownership, transfer
 from proxy.xapi.results import parse_result
 from proxy.xapi.session import Session, xapi_error
 from proxy.xapi.shapes import is_list, is_map
@@ -257,7 +257,8 @@ class Xapi:
     async def task(self, label: str, description: str = "") -> AsyncIterator[str]:
         """A task record that shows our work on the pool (labels start with ``[XO] ``).
 
-        Destroyed at the end, cancelled first if it is still pending.
+        Marked with the run that acts (:func:`ownership.acting_for`).  Destroyed at the end,
+        cancelled first if it is still pending.
         """
         async with self.host_task(label, description) as task:
             yield task.ref
@@ -267,11 +268,21 @@ class Xapi:
         """As :meth:`task`; an ``engaged`` task is waited for after its cancel."""
         task = HostTask(str(await self.call("task.create", label, description)))
         try:
+            await self._mark(task)
             yield task
         finally:
             if not task.settled:
                 await self.settle(task, label)
             await self._destroy_task(task)
+
+    async def _mark(self, task: HostTask) -> None:
+        owner = ownership.present_owner()
+        if owner is None:
+            return
+        try:
+            await self.call("task.set_other_config", task.ref, owner.marks)
+        except XapiError as error:  # a sweep would not find it: no reason to do no backup
+            _log.warning("a XAPI task is not marked", task=task.ref, code=error.code)
 
     async def settle(self, task: HostTask, label: str) -> Any:
         """Cancel a task that may be pending and wait for its end, shielded and bounded.

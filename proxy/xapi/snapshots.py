@@ -14,7 +14,7 @@ import trio
 from proxy.errors import ProxyError, Refused, Unreachable, XapiError
 from proxy.runtime.deadlines import deadline, undo_within
 from proxy.runtime.trouble import tell_trouble
-from proxy.xapi import vms
+from proxy.xapi import ownership, vms
 from proxy.xapi.together import together
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def take_snapshot(
     try:
         async with AsyncExitStack() as undo:
             if marks:
-                await undo.enter_async_context(_marked(xapi, vm_ref, marks))
+                await undo.enter_async_context(ownership.marked(xapi, vm_ref, marks))
             if vm.get("power_state") == "Halted":
                 await undo.enter_async_context(_without_usb(xapi, vm))
             snapshot = await _take(
@@ -200,19 +200,6 @@ async def _is(xapi: Xapi, ref: str, name: str, marks: Mapping[str, str]) -> bool
         return False
     config: dict[str, str] = record.get("other_config") or {}
     return all(config.get(key) == value for key, value in marks.items())
-
-
-@asynccontextmanager
-async def _marked(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> AsyncIterator[None]:
-    try:
-        await xapi.update_map("VM", vm_ref, "other_config", marks)
-        yield
-    finally:
-        try:
-            with undo_within("snapshot: remove the marks", UNDO_SECONDS):
-                await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(marks))
-        except ProxyError as error:
-            tell_trouble("could not remove the marks of a run", error, vm=vm_ref)
 
 
 @asynccontextmanager

@@ -143,10 +143,27 @@ async def disconnect_from_control_domain(xapi: Xapi, vdi_ref: str) -> None:
                 raise
 
 
-async def _unplug(xapi: Xapi, vbd_ref: str) -> None:
+async def detach_leaked(xapi: Xapi, vbd_ref: str) -> str | None:
+    """Remove a drive that serves nobody any more; why it stays, if it does.
+
+    Never by force: while anything in its domain has the disk open the host refuses.
+    """
+    try:
+        await _unplug(xapi, vbd_ref, method="VBD.unplug")
+        await xapi.call("VBD.destroy", vbd_ref)
+    except XapiError as error:
+        if error.code == "HANDLE_INVALID":
+            return None
+        if error.code in ("DEVICE_DETACH_REJECTED", "DEVICE_DETACH_TIMEOUT"):
+            return f"it is in use: {error.message}"
+        raise
+    return None
+
+
+async def _unplug(xapi: Xapi, vbd_ref: str, method: str = "VBD.unplug_force") -> None:
     for _ in range(2):
         try:
-            await xapi.call("VBD.unplug_force", vbd_ref)
+            await xapi.call(method, vbd_ref)
             return
         except XapiError as error:
             if error.code == "VBD_NOT_UNPLUGGABLE":
@@ -250,6 +267,7 @@ __all__ = [
     "clean_shutdown",
     "destroy_vdi",
     "destroy_vm",
+    "detach_leaked",
     "disconnect_from_control_domain",
     "disks",
     "is_ref",

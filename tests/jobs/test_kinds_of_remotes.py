@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
@@ -18,18 +18,27 @@ from proxy.config import Config
 from proxy.config.schema import RemoteOptions, RemotesConfig
 from proxy.config.values import Seconds
 from proxy.errors import ProxyError
+from proxy.jobs.metadata_restore import MetadataRestoreRequest
 from proxy.remotes.faults import Flip
-from proxy.repository import delete_backups, list_all
+from proxy.repository import (
+    delete_backups,
+    delete_metadata_backup,
+    list_all,
+    list_config_backups,
+    list_pool_backups,
+)
 from proxy.simulator import SimulatedPool
 from tests.remotes import samba as samba_server
 from tests.remotes import server as file_server
 from tests.remotes.objects.fake_s3 import FakeS3, serving
 
+from . import test_metadata_backup as metadata
 from .conftest import KEY, House, open_house
 from .test_incremental_backup import MIB, back_up, change, digests, restored
 from .test_verify_run import statuses, verified
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from tests.azurite import Azurite
@@ -73,13 +82,15 @@ async def test_a_chain_of_files_lives_on_it(
     await live(tmp_path, kind, "useVhdDirectory=false", monkeypatch, request)
 
 
-async def live(
+@asynccontextmanager
+async def house_with(
     tmp_path: Path,
     kind: str,
     query: str,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
-) -> None:
+) -> AsyncIterator[House]:
+    """Services of which ``remote1`` is of that kind."""
     async with AsyncExitStack() as stack:
         mounts = tmp_path / "mounts"
         if kind in ("nfs", "smb"):
@@ -92,8 +103,19 @@ async def live(
         pool = SimulatedPool.small(disk_size=8 * MIB)
         house = await stack.enter_async_context(open_house(pool, tmp_path, config=config))
         url = await url_of(kind, query, house, stack, request)
-        spec: dict[str, Any] = {"id": "remote1", "name": "remote1", "url": url}
-        house.remotes["remote1"] = spec
+        house.remotes["remote1"] = {"id": "remote1", "name": "remote1", "url": url}
+        yield house
+
+
+async def live(
+    tmp_path: Path,
+    kind: str,
+    query: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    async with house_with(tmp_path, kind, query, monkeypatch, request) as house:
+        spec = house.remote_spec("remote1")
         points: list[list[str]] = []
         for number in range(3):
             change(house, number, number + 1)
@@ -116,7 +138,33 @@ async def live(
             assert not faults.unused, "one bad read is looked at twice"
             faults.add("read_file", flip, path="*/blocks/*", times=99)
             assert statuses(await verified(house, "remote1", level="read")) == ["damaged"]
+        url = spec["url"]
         other = {**spec, "url": url.replace(quote(json.dumps(KEY)), quote(json.dumps(KEY[::-1])))}
         with pytest.raises(ProxyError, match="key"):
             async with house.services.remote(other):
                 pass
+
+
+@pytest.mark.parametrize("kind", ["s3", "azure", "nfs", "smb without a mount"])
+async def test_metadata_backups_live_on_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    async with house_with(tmp_path, kind, QUERY, monkeypatch, request) as house:
+        spec = house.remote_spec("remote1")
+        for _ in range(3):
+            outcome = await house.run(metadata.request(house))
+            assert outcome.status == "success", outcome.snapshot
+        async with house.services.remote(spec) as remote:
+            configurations = await list_config_backups(remote)
+            pools = (await list_pool_backups(remote))[metadata.pool_uuid(house)]
+            assert [len(configurations), len(pools)] == [2, 2], "retention"
+            await delete_metadata_backup(remote, configurations[0]["id"])
+            assert await list_config_backups(remote) == configurations[1:]
+        asked = MetadataRestoreRequest(configurations[1]["id"], spec)
+        back = await house.outcome(await house.services.start_metadata_restore(asked))
+        assert back.log[-1]["result"] == metadata.CONFIG
+        asked = MetadataRestoreRequest(pools[1]["id"], spec, house.xapi_spec, dry_run=True)
+        looked = await house.outcome(await house.services.start_metadata_restore(asked))
+        assert looked.status == "success", looked.snapshot
+        assert house.pool.dry_runs == 1
+        assert house.pool.restored == []

@@ -29,7 +29,8 @@ async def test_no_rate_waits_for_nothing() -> None:
 
 
 async def test_who_came_first_goes_first() -> None:
-    rate, order = RateLimit(lambda: 10), []
+    rate = RateLimit(lambda: 10)
+    order: list[tuple[int, int]] = []
 
     async def transfer(name: int, count: int) -> None:
         await rate.spend(count)

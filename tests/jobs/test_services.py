@@ -191,7 +191,7 @@ async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> 
         ({"mode": "sideways"}, "Job mode sideways not implemented"),
         ({"srs": {"id": "sr"}}, "replication to SRs is not available yet"),
         ({"remotes": {"type": "nfs"}}, "invalid pattern"),
-        ({"settings": {"": {"healthCheckSr": "sr"}}}, "health checks are not available yet"),
+        ({"settings": {"": {"healthCheckTimeout": "soon"}}}, "healthCheckTimeout"),
         ({"settings": {"": {"concurrency": "many"}}}, "concurrency"),
     ],
 )

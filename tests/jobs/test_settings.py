@@ -101,10 +101,11 @@ def test_what_could_only_fail_later_is_refused_before_anything_is_touched(
     wrong: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(Refused, match=rf"settings of the job .*{told}"):
-        levels({"": wrong}).refuse_wrong()
+        levels({"": wrong}).refuse_wrong([])
     for place in ("VM", "R"):
         with pytest.raises(Refused, match=rf"settings of {place} .*{told}"):
-            levels({place: wrong}).refuse_wrong()
+            levels({place: wrong}).refuse_wrong([place])
+    levels({"VM": wrong}).refuse_wrong(["R"])
 
 
 def test_contradictions_are_refused_with_upstreams_message() -> None:
@@ -112,3 +113,35 @@ def test_contradictions_are_refused_with_upstreams_message() -> None:
     with pytest.raises(Refused, match=r"^offlineBackup is not compatible with snapshotRetention$"):
         refuse_contradictions(wrong)
     refuse_contradictions(levels({"": {"offlineBackup": True}}).run)
+
+
+@pytest.mark.parametrize(
+    ("given_value", "seconds"),
+    [("10m", 600), ("90s", 90), ("1.5 h", 5400), (".5m", 30), (1500, 1.5), ("1500", 1.5)],
+)
+def test_the_timeout_of_health_checks_is_as_npms_ms_reads_it(
+    given_value: Any, seconds: float
+) -> None:
+    found = levels({"": {"healthCheckTimeout": given_value}}).run
+    assert found.health_check_seconds == pytest.approx(seconds)
+    assert levels({}).run.health_check_seconds == 600
+
+
+@given(
+    st.text(max_size=30)
+    | st.floats(allow_nan=False)
+    | st.integers()
+    | st.from_regex(r"-?\d{0,400}\.?\d{1,9} ?(ms|s|m|hours?|y)?", fullmatch=True)
+)
+def test_a_timeout_of_health_checks_is_positive_and_finite_or_refused(value: Any) -> None:
+    refused: Refused | None = None
+    try:
+        found = levels({"S": {"healthCheckTimeout": value}})
+        found.refuse_wrong([])
+    except Refused as error:
+        refused = error
+    if refused is None:
+        assert 0 < found.run.health_check_seconds < float("inf")
+    else:
+        assert "healthCheckTimeout" in refused.message
+        assert refused.code == "EINVAL"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from proxy.jobs import MetadataRestoreRequest, VerifyRequest, VerifyRun
+    from proxy.jobs import MetadataRestoreRequest, SweepRequest, VerifyRequest, VerifyRun
     from proxy.jobs.requests import BackupRequest, RestoreRequest
     from proxy.remotes.interface import Remote
     from proxy.rpc.app import App
@@ -71,6 +71,9 @@ class StubServices:
         raise AssertionError(request)
 
     async def start_verify(self, request: VerifyRequest, /) -> VerifyRun:
+        raise AssertionError(request)
+
+    def start_sweep(self, request: SweepRequest, /) -> Task:
         raise AssertionError(request)
 
     def running_jobs(self) -> list[str]:

@@ -6,7 +6,7 @@ import httpx
 import pytest
 import trio
 
-from proxy.simulator import SimulatedPool
+from proxy.simulator import GuestScript, SimulatedPool
 from tests.simulator.conftest import Client, Failure
 
 
@@ -98,14 +98,57 @@ async def test_operations_exclude_each_other(client: Client, pool: SimulatedPool
 
 
 async def test_health_check_of_a_guest(client: Client, pool: SimulatedPool) -> None:
+    """xapi forgets at a start what an earlier life of the guest told."""
     vm = pool.vm("vm2")
-    metrics = await client.call("VM.get_guest_metrics", vm)
-    assert not await client.call("VM_guest_metrics.get_PV_drivers_detected", metrics)
+    former = await client.call("VM.get_guest_metrics", vm)
+    pool.boot_seconds = 0.05
+    await client.call("VM.start", vm, False, False)
+    assert await client.call("VM.get_guest_metrics", vm) == "OpaqueRef:NULL"
+    assert pool.store.find("VM_guest_metrics", former) is None
+    with trio.fail_after(2):
+        while (metrics := await client.call("VM.get_guest_metrics", vm)) == "OpaqueRef:NULL":
+            await pool.store.changed.wait()
+    assert await client.call("VM_guest_metrics.get_PV_drivers_detected", metrics)
+    assert await client.call("VM.get_power_state", vm) == "Running"
+
+
+async def test_a_guest_tests_itself_when_that_is_planned(
+    client: Client, pool: SimulatedPool
+) -> None:
+    pool.guest_script = GuestScript("failure", "no database")
+    state = "vm-data/xo-backup-health-check"
+    vm = pool.vm("vm2")
+    await client.call("VM.add_to_xenstore_data", vm, "vm-data/other", "kept")
+    await client.call("VM.add_to_xenstore_data", vm, state, "planned")
     await client.call("VM.start", vm, False, False)
     with trio.fail_after(2):
-        while not pool.store.get("VM_guest_metrics", metrics)["PV_drivers_detected"]:
+        while (data := await client.call("VM.get_xenstore_data", vm))[state] != "failure":
             await pool.store.changed.wait()
-    assert await client.call("VM.get_power_state", vm) == "Running"
+    assert data == {"vm-data/other": "kept", state: "failure", f"{state}-error": "no database"}
+
+
+async def test_a_clone_has_what_its_source_reported_but_not_its_blocks(
+    client: Client, pool: SimulatedPool
+) -> None:
+    """xen-api, ``xapi_vm_clone.ml``: no blocked operations, no HA, no appliance."""
+    vm = pool.vm("vm2")
+    pool.store.update(
+        "VM", vm, blocked_operations={"start": "no"}, ha_always_run=True, start_delay=7
+    )
+    pool.store.update(
+        "VM_guest_metrics", pool.store.get("VM", vm)["guest_metrics"], PV_drivers_detected=True
+    )
+    task = await client.call("Async.VM.copy", vm, "copy", pool.srs[1])
+    record = await client.settled(task)
+    assert record["status"] == "success"
+    copy = pool.store.get("VM", pool.vm("copy"))
+    assert copy["blocked_operations"] == {}
+    assert not copy["ha_always_run"]
+    assert copy["start_delay"] == 0
+    assert pool.store.get("VM_guest_metrics", copy["guest_metrics"])["PV_drivers_detected"]
+    assert {pool.store.get("VDI", disk)["SR"] for disk in pool.vms.disks(pool.vm("copy"))} == {
+        pool.srs[1]
+    }
 
 
 async def test_the_log_holds_no_secret(client: Client, pool: SimulatedPool) -> None:

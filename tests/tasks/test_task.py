@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -135,6 +136,21 @@ async def test_a_replaced_attempt_does_not_count(tasks: Tasks) -> None:
     log = await records(tasks, root)
     assert json.loads(root.snapshot())["status"] == "success"
     assert [r["data"]["isRetry"] for r in log if r["type"] == "warning"] == [True]
+
+
+async def test_what_is_not_done_again_goes_on_to_count(tasks: Tasks) -> None:
+    """A retry for one target hides nothing that went wrong on another."""
+
+    async def work(root: Task) -> None:
+        for target in ("R1", "R2"):
+            with contextlib.suppress(Refused):
+                async with root.child("export", id=target):
+                    raise Refused("no")
+        root.retry("Retry the VM backup due to an error", {"error": "no"}, kept={"R1"})
+        async with root.child("export", id="R2"):
+            pass
+
+    assert (await finish(tasks, tasks.start("backup VM", {}, work)))["status"] == "failure"
 
 
 async def test_cancel_of_the_root_runs_the_undo_then_ends(tasks: Tasks) -> None:

@@ -10,7 +10,7 @@ import trio
 
 from proxy.errors import NoSuchObject, Unreachable, XapiError
 from proxy.simulator import SimulatedPool
-from proxy.xapi import Xapi, XapiOptions, client, connect
+from proxy.xapi import Xapi, XapiOptions, client, connect, ownership
 
 from .conftest import FakeHost, cancel_at, clean
 
@@ -141,6 +141,22 @@ async def test_a_label_task_is_settled_and_destroyed(pool: SimulatedPool, xapi: 
             raise LookupError
     await clean(pool)
     assert "task.cancel" not in [call.method for call in pool.calls.log]
+
+
+async def test_a_label_task_is_marked_with_the_run_that_acts(
+    pool: SimulatedPool, xapi: Xapi
+) -> None:
+    with ownership.acting_for(ownership.Owner("ours", "run-1")):
+        async with xapi.task("[XO] work") as ref:
+            marks = pool.store.get("task", ref)["other_config"]
+    assert marks == {ownership.PROXY: "ours", ownership.RUN: "run-1"}
+    async with xapi.task("[XO] work") as ref:
+        assert pool.store.get("task", ref)["other_config"] == {}
+    with ownership.acting_for(ownership.Owner("ours", "run-1")):
+        pool.fail("task.set_other_config", error=("INTERNAL_ERROR", "no"))
+        async with xapi.task("[XO] work") as ref:
+            assert pool.store.get("task", ref)["other_config"] == {}
+    await clean(pool)
 
 
 async def test_cancel_while_a_label_task_is_created(pool: SimulatedPool, xapi: Xapi) -> None:

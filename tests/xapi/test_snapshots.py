@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import trio
 
 from proxy.errors import Conflict, ProxyError, Refused, XapiError
 from proxy.simulator import SimulatedPool
+from proxy.tasks.records import new_id
 from proxy.xapi import Xapi, migration, ownership, snapshots, vms
 
 from .conftest import clean
@@ -180,31 +182,43 @@ def blocked(pool: SimulatedPool) -> dict[str, str]:
     return dict(pool.store.get("VM", pool.vm("vm1"))["blocked_operations"])
 
 
+def owner(installation: str, *, days_ago: float = 0) -> ownership.Owner:
+    return ownership.Owner(installation, new_id(int((time.time() - days_ago * 86400) * 1000)))
+
+
+OURS = owner("ours")
+
+
 async def test_migration_is_blocked_meanwhile(pool: SimulatedPool, xapi: Xapi) -> None:
     vm = pool.vm("vm1")
     pool.do("VM.add_to_blocked_operations", vm, "pool_migrate", "pinned")
     pool.do("VM.add_to_blocked_operations", vm, "migrate_send", migration.REASON)  # of a crash
     async with migration.block_migration(xapi, vm):
-        assert blocked(pool) == dict.fromkeys(migration.OPERATIONS, migration.REASON)
+        assert blocked(pool) == {"pool_migrate": "pinned", "migrate_send": migration.REASON}
     assert blocked(pool) == {"pool_migrate": "pinned"}
     assert pool.calls.log[-1].method == "VM.update_allowed_operations"
 
 
 @pytest.mark.parametrize(
-    "method", ["VM.add_to_blocked_operations", "VM.remove_from_blocked_operations"]
+    ("method", "nth"),
+    [
+        ("VM.add_to_other_config", 1),
+        ("VM.add_to_blocked_operations", 1),
+        ("VM.add_to_blocked_operations", 2),
+    ],
 )
-@pytest.mark.parametrize("nth", [1, 2])
 async def test_a_cancel_while_migration_is_blocked_restores_it(
     pool: SimulatedPool, xapi: Xapi, method: str, nth: int
 ) -> None:
     vm = pool.vm("vm1")
-    for operation in migration.OPERATIONS:
-        pool.do("VM.add_to_blocked_operations", vm, operation, "pinned")
+    pool.do("VM.add_to_blocked_operations", vm, "start", "pinned")
+    before = pool.store.get("VM", vm)["other_config"]
     gate = pool.pause_at(method, nth=nth)
 
     async def run() -> None:
-        async with migration.block_migration(xapi, vm):
-            await trio.sleep_forever()
+        with ownership.acting_for(OURS):
+            async with migration.block_migration(xapi, vm):
+                await trio.sleep_forever()
 
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -212,7 +226,8 @@ async def test_a_cancel_while_migration_is_blocked_restores_it(
             await gate.reached()
             nursery.cancel_scope.cancel()
             gate.release()  # the host does what it was told: the undo must come after that
-    assert blocked(pool) == dict.fromkeys(migration.OPERATIONS, "pinned")
+    assert blocked(pool) == {"start": "pinned"}
+    assert pool.store.get("VM", vm)["other_config"] == before
 
 
 async def test_a_block_that_somebody_else_changed_is_theirs(
@@ -223,6 +238,84 @@ async def test_a_block_that_somebody_else_changed_is_theirs(
         pool.do("VM.remove_from_blocked_operations", vm, "pool_migrate")
         pool.do("VM.add_to_blocked_operations", vm, "pool_migrate", "by the operator")
     assert blocked(pool) == {"pool_migrate": "by the operator"}
+
+
+@pytest.mark.parametrize(
+    "second", [owner("ours"), owner("another")], ids=lambda one: one.installation
+)
+async def test_the_last_of_two_runs_lifts_the_block(
+    pool: SimulatedPool, xapi: Xapi, second: ownership.Owner
+) -> None:
+    vm = pool.vm("vm1")
+    both = dict.fromkeys(migration.OPERATIONS, migration.REASON)
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def other() -> None:
+        with ownership.acting_for(second):
+            async with migration.block_migration(xapi, vm):
+                begun.set()
+                await go_on.wait()
+
+    async with trio.open_nursery() as nursery:
+        with ownership.acting_for(OURS):
+            async with migration.block_migration(xapi, vm):
+                nursery.start_soon(other)
+                await begun.wait()
+                marked = ownership.blocked_by(pool.store.get("VM", vm))
+                assert set(marked) == {OURS, second}
+        assert blocked(pool) == both
+        assert ownership.blocked_by(pool.store.get("VM", vm)) == [second]
+        go_on.set()
+    assert blocked(pool) == {}
+    assert ownership.blocked_by(pool.store.get("VM", vm)) == []
+
+
+@pytest.mark.parametrize(("days", "left"), [(29, 2), (31, 0)])
+async def test_a_mark_older_than_any_run_does_not_keep_the_block(
+    pool: SimulatedPool, xapi: Xapi, days: float, left: int
+) -> None:
+    vm = pool.vm("vm1")
+    other = owner("another", days_ago=days)
+    mark = f"another/{pool.vm_uuid('vm1')}"
+    pool.do("VM.add_to_other_config", vm, ownership.BLOCKED + other.run, mark)
+    async with migration.block_migration(xapi, vm):
+        pass
+    assert len(blocked(pool)) == left
+
+
+async def test_a_run_that_comes_while_the_block_is_lifted_keeps_it(
+    pool: SimulatedPool, xapi: Xapi
+) -> None:
+    vm, other = pool.vm("vm1"), owner("another")
+    gate = pool.pause_at("VM.remove_from_blocked_operations")
+
+    async def interfere() -> None:
+        await gate.reached()
+        mark = f"another/{pool.vm_uuid('vm1')}"
+        pool.do("VM.add_to_other_config", vm, ownership.BLOCKED + other.run, mark)
+        gate.release()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interfere)
+        async with migration.block_migration(xapi, vm):
+            pass
+    assert blocked(pool) == dict.fromkeys(migration.OPERATIONS, migration.REASON)
+
+
+async def test_marks_of_interventions_do_not_count_on_a_copy(
+    pool: SimulatedPool, xapi: Xapi
+) -> None:
+    vm = pool.vm("vm1")
+    uuid = pool.vm_uuid("vm1")
+    pool.do("VM.add_to_other_config", vm, ownership.BLOCKED + OURS.run, f"ours/{uuid}")
+    pool.do("VM.add_to_other_config", vm, ownership.SHUT_DOWN, ownership.shut_down_mark(OURS, uuid))
+    record = pool.store.get("VM", vm)
+    assert (ownership.blocked_by(record), ownership.shut_down_by(record)) == ([OURS], OURS)
+    copy = {**record, "uuid": "another"}
+    assert (ownership.blocked_by(copy), ownership.shut_down_by(copy)) == ([], None)
+    await ownership.forget_interventions(xapi, vm)
+    left = pool.store.get("VM", vm)["other_config"]
+    assert not [key for key in left if key.startswith("xo:backup:")]
 
 
 # Destroying

@@ -21,7 +21,7 @@ from proxy.remotes.objects.azure_client import Answer, AzureClient
 from proxy.remotes.objects.azure_errors import unclear
 from proxy.remotes.objects.azure_probe import probe
 from proxy.remotes.objects.azure_upload import LARGEST_BLOCK, MOST_BLOCKS, AzureUpload
-from proxy.remotes.objects.store import Condition, Limits, Listed, ObjectStat, Page
+from proxy.remotes.objects.store import Condition, Limits, Listed, ObjectStat, Page, UploadPage
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
 
@@ -359,6 +359,21 @@ class AzureStore:
         """Sends nothing: an upload begins with its first part."""
         await trio.lowlevel.checkpoint()
         return AzureUpload(self, key)
+
+    async def open_uploads(
+        self, prefix: str, *, token: tuple[str, str] | None = None
+    ) -> UploadPage:
+        """None: the service tells names that have nothing but uncommitted blocks (List Blobs with
+        ``include=uncommittedblobs``), but neither when these came nor by whom, and it forgets
+        them itself, a week after the last one.  See :meth:`AzureUpload.abort` for the rest."""
+        del prefix, token
+        await trio.lowlevel.checkpoint()
+        return UploadPage((), None)
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        """Nothing to send, as :meth:`AzureUpload.abort`."""
+        del key, upload_id
+        await trio.lowlevel.checkpoint()
 
     async def capabilities(self) -> Mapping[str, Any]:
         """See :mod:`~proxy.remotes.objects.azure_probe`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from proxy.errors import NotFound, Unreachable
 from proxy.remotes.interface import Entry
 
 if TYPE_CHECKING:
-    from proxy.remotes.objects.store import Listed, ObjectStore, Page
+    from collections.abc import Sequence
+
+    from proxy.remotes.objects.store import Listed, ObjectStore, OpenUpload, Page
 
 
 class Keys:
@@ -47,16 +50,27 @@ class pages:  # noqa: N801 (used as a function; a generator would need closing w
         if self._ended:
             raise StopAsyncIteration
         if self._token in self._seen:
-            raise Unreachable(
-                f"EPROTO: the store's listing of '{self._prefix}' goes in circles",
-                code="EPROTO",
-                data={"path": self._prefix},
-            )
+            raise _circles(self._prefix)
         self._seen.add(self._token)
         page = await self._store.list(self._prefix, deep=self._deep, token=self._token)
         self._token = page.next
         self._ended = page.next is None
         return page
+
+
+async def open_uploads(store: ObjectStore, prefix: str) -> Sequence[OpenUpload]:
+    """All that the store tells; never a part of them."""
+    found: deque[OpenUpload] = deque()
+    token: tuple[str, str] | None = None
+    seen: set[tuple[str, str] | None] = set()
+    while token not in seen:
+        seen.add(token)
+        page = await store.open_uploads(prefix, token=token)
+        found.extend(page.uploads)
+        if page.next is None:
+            return tuple(found)
+        token = page.next
+    raise _circles(prefix)
 
 
 async def entries(store: ObjectStore, keys: Keys, path: str) -> list[Entry]:
@@ -83,6 +97,14 @@ async def first_below(store: ObjectStore, keys: Keys, path: str) -> Listed | Non
         if page.objects:
             return page.objects[0]
     return None
+
+
+def _circles(prefix: str) -> Unreachable:
+    return Unreachable(
+        f"EPROTO: the store's listing of '{prefix}' goes in circles",
+        code="EPROTO",
+        data={"path": prefix},
+    )
 
 
 def missing(doing: str, path: str) -> NotFound:

@@ -18,9 +18,9 @@ import trio
 from proxy.errors import Conflict, NotFound, ProxyError, Refused
 from proxy.remotes import paths
 from proxy.remotes.holding import held
-from proxy.remotes.interface import FileStat, RemoteInfo
+from proxy.remotes.interface import FileStat, OpenUpload, RemoteInfo
 from proxy.remotes.objects.lease import Lease
-from proxy.remotes.objects.listing import Keys, entries, first_below, missing, pages
+from proxy.remotes.objects.listing import Keys, entries, first_below, missing, open_uploads, pages
 from proxy.remotes.objects.moving import Mover
 from proxy.remotes.objects.parts import Memory
 from proxy.remotes.objects.reading import ObjectReader
@@ -286,6 +286,22 @@ class ObjectRemote:
             raise Conflict(
                 f"ENOTDIR: not a directory, rmtree '{path}'", code="ENOTDIR", data={"path": path}
             )
+
+    # -- what dead writers left
+
+    async def open_uploads(self, path: str) -> Sequence[OpenUpload]:
+        """See :func:`proxy.remotes.wrapper.open_uploads_of`."""
+        uploads = await open_uploads(self._store, self._keys.below(self._normal(path)))
+        found = (
+            OpenUpload(self._keys.path_of(each.key), each.upload_id, each.initiated)
+            for each in uploads
+        )
+        return tuple(each for each in found if each.path == paths.normalise(each.path))
+
+    async def abort_upload(self, upload: OpenUpload) -> None:
+        """See :func:`proxy.remotes.wrapper.abort_upload_of`."""
+        key = self._key(upload.path, "give up")
+        await self._store.abort_upload(key, upload.upload_id)
 
     # -- the whole
 

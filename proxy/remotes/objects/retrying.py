@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ObjectStore,
         Page,
         Upload,
+        UploadPage,
     )
 
 T = TypeVar("T")
@@ -146,6 +147,14 @@ class RetryingStore:
 
     async def upload(self, key: str) -> Upload:
         return _Upload(self, self._inner, key, await self.again(lambda _: self._inner.upload(key)))
+
+    async def open_uploads(
+        self, prefix: str, *, token: tuple[str, str] | None = None
+    ) -> UploadPage:
+        return await self.again(lambda _: self._inner.open_uploads(prefix, token=token))
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self.again(lambda _: self._inner.abort_upload(key, upload_id))
 
     async def capabilities(self) -> Mapping[str, Any]:
         return await self.again(lambda _: self._inner.capabilities())

@@ -10,7 +10,6 @@ import datetime
 import email.utils
 import re
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus
 
 import trio
 
@@ -20,13 +19,14 @@ from proxy.remotes.objects.s3_client import S3Client, confirmed, raise_for
 from proxy.remotes.objects.s3_errors import from_code
 from proxy.remotes.objects.s3_probe import probe
 from proxy.remotes.objects.s3_upload import S3Upload
+from proxy.remotes.objects.s3_uploads import list_uploads
 from proxy.remotes.objects.store import Condition, Limits, Listed, ObjectStat, Page
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from proxy.formats.s3_xml import Element
-    from proxy.remotes.objects.store import Upload
+    from proxy.remotes.objects.store import Upload, UploadPage
 
 _MIB = 1024 * 1024
 _GIB = 1024 * _MIB
@@ -121,7 +121,7 @@ class S3Store:
         try:
             objects = [_listed(each, prefix, encoded=encoded) for each in root.all("Contents")]
             prefixes = [
-                _below(_decoded(each.value("Prefix"), encoded=encoded), prefix)
+                _below(s3_xml.decoded(each.value("Prefix"), encoded=encoded), prefix)
                 for each in root.all("CommonPrefixes")
             ]
             following = _next(root, token)
@@ -150,7 +150,15 @@ class S3Store:
         upload_id = root.value("UploadId")
         if not upload_id:
             raise Unreachable(f"EPROTO: the store gives no upload for '{key}'", code="EPROTO")
-        return S3Upload(self._client, key, upload_id)
+        return S3Upload(self._client, key, upload_id, is_ours=True)
+
+    async def open_uploads(
+        self, prefix: str, *, token: tuple[str, str] | None = None
+    ) -> UploadPage:
+        return await list_uploads(self._client, prefix, token)
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await S3Upload(self._client, key, upload_id).abort()
 
     async def copy(self, source: str, target: str) -> None:
         """The source's name is percent-encoded, which upstream forgets."""
@@ -301,12 +309,6 @@ def _unconfirmed(key: str) -> Unreachable:
     )
 
 
-def _decoded(text: str | None, *, encoded: bool) -> str:
-    if text is None:
-        raise ValueError("an entry has no name")
-    return unquote_plus(text, errors="strict") if encoded else text
-
-
 def _below(key: str, prefix: str) -> str:
     if not key.startswith(prefix):
         raise ValueError("it holds names that were not asked for")
@@ -318,7 +320,7 @@ def _listed(element: Element, prefix: str, *, encoded: bool) -> Listed:
     if not size.isdecimal():
         raise ValueError("an entry has no size")
     return Listed(
-        _below(_decoded(element.value("Key"), encoded=encoded), prefix),
+        _below(s3_xml.decoded(element.value("Key"), encoded=encoded), prefix),
         int(size),
         datetime.datetime.fromisoformat(modified).timestamp(),
     )

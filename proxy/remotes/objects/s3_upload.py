@@ -13,12 +13,29 @@ if TYPE_CHECKING:
     from proxy.remotes.objects.store import Condition
 
 _ABORTS = 3
+_under_way: set[str] = set()
+
+
+def is_under_way(upload_id: str) -> bool:
+    """Whether this process writes that upload.
+
+    Of the process, because one bucket may be open several times, with other options.  Ids are
+    the stores' own and unique in a store; that of another store would only keep what could go.
+    """
+    return upload_id in _under_way
 
 
 class S3Upload:
-    """See :class:`proxy.remotes.objects.store.Upload`."""
+    """See :class:`proxy.remotes.objects.store.Upload`.
 
-    def __init__(self, client: S3Client, key: str, upload_id: str) -> None:
+    ``is_ours``: begun by this process, :func:`is_under_way` until it is completed or given up.
+    """
+
+    def __init__(
+        self, client: S3Client, key: str, upload_id: str, *, is_ours: bool = False
+    ) -> None:
+        if is_ours:
+            _under_way.add(upload_id)
         self._client = client
         self._key = key
         self._id = upload_id
@@ -68,10 +85,12 @@ class S3Upload:
                 f"the store does not confirm that '{self._key}' is complete",
                 data={"path": self._key},
             )
+        _under_way.discard(self._id)
 
     async def abort(self) -> None:
         """Parts that were under way may arrive later and would stay: it is asked whether the
         upload is gone, and aborted again if not.  ``Unreachable`` when it stays."""
+        _under_way.discard(self._id)  # nobody completes it any more, whatever comes now
         query = [("uploadId", self._id)]
         for _ in range(_ABORTS):
             try:

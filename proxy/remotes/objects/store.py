@@ -67,6 +67,26 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """An object in parts that was begun, and neither completed nor given up.
+
+    ``initiated`` is seconds since the epoch by the store's clock.
+    """
+
+    key: str
+    upload_id: str
+    initiated: float
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPage:
+    """Part of a listing of uploads; ``next`` continues it and is ``None`` at the end."""
+
+    uploads: Sequence[OpenUpload]
+    next: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Condition:
     """Of a put or a delete: the object is absent, or still the one with that ``etag``."""
 
@@ -140,6 +160,20 @@ class ObjectStore(Protocol):
 
     async def upload(self, key: str) -> Upload:
         """Begin an object in parts."""
+        ...
+
+    async def open_uploads(
+        self, prefix: str, *, token: tuple[str, str] | None = None
+    ) -> UploadPage:
+        """Uploads of keys that begin with ``prefix``, in the order of keys.
+
+        Those that this process has under way are not among them.  Empty where the store does not
+        tell.
+        """
+        ...
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        """As :meth:`Upload.abort`, of one that :meth:`open_uploads` told of."""
         ...
 
     async def capabilities(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The methods, a file per namespace (two of ``backup``), in the order in which they are listed."""
+"""The methods, a file per namespace (``backup`` has three), in the order of their listing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from proxy.rpc.methods import (
     event,
     metadata_backup,
     remote,
+    sweep,
     system,
     task,
     test,
@@ -26,6 +27,7 @@ def standard(*more: Registry) -> Registry:
         authentication,
         backup,
         metadata_backup,
+        sweep,
         remote,
         event,
         task,

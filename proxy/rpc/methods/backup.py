@@ -34,7 +34,7 @@ _log = structlog.get_logger("backup")
 _LOCK_WAIT = 30.0
 """Seconds that a deletion waits for a run on the same VM: XO gives a call up after 60."""
 
-_TASK_OR_LOG: dict[str, Any] = {
+TASK_OR_LOG: dict[str, Any] = {
     "oneOf": [
         {"type": "string", "description": "the root task's id"},
         {"type": "object", "description": "with streamLogs: log records", "x-stream": "ndjson"},
@@ -93,7 +93,7 @@ class Import(Params, kw_only=True):
     Import,
     description="create a new VM from a backup",
     changes=True,
-    result=_TASK_OR_LOG,
+    result=TASK_OR_LOG,
 )
 async def import_vm_backup(context: Context, params: Import) -> str | AsyncIterator[bytes]:
     """Restore.  Without ``streamLogs`` the task's id is the answer, at once."""
@@ -194,7 +194,7 @@ class RunJob(Params):
 
 
 @methods.method(
-    "backup.run", RunJob, description="run a backup job", changes=True, result=_TASK_OR_LOG
+    "backup.run", RunJob, description="run a backup job", changes=True, result=TASK_OR_LOG
 )
 async def run_job(context: Context, params: RunJob) -> str | AsyncIterator[bytes]:
     """Begin a run.  Without ``streamLogs`` the task's id is the answer, at once."""

@@ -42,8 +42,8 @@ class Request:
         """What it does, in one word."""
         if "list-type" in self.query:
             return "list"
-        if "object-lock" in self.query:
-            return "object-lock"
+        if self.method == "GET" and self.query.keys() & {"object-lock", "uploads"}:
+            return "list-uploads" if "uploads" in self.query else "object-lock"
         if self.method == "POST":
             verbs = {"delete": "batch", "uploads": "begin", "uploadId": "complete"}
             return next(verb for name, verb in verbs.items() if name in self.query)
@@ -110,6 +110,7 @@ class FakeS3:
         self.largest_copy = 5 * 1024 * MIB
         self.objects: dict[str, Stored] = {}
         self.uploads: dict[str, tuple[str, dict[int, bytes]]] = {}
+        self.begun: dict[str, float] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.hidden: set[str] = set()
@@ -380,7 +381,30 @@ class FakeS3:
     def _begin(self, request: Request) -> Answer:
         name = secrets.token_hex(8)
         self.uploads[name] = (request.key, {})
+        self.begun[name] = time.time()
         return _xml("InitiateMultipartUploadResult", f"<UploadId>{name}</UploadId>")
+
+    def _list_uploads(self, request: Request) -> Answer:
+        after = request.query.get("key-marker", ""), request.query.get("upload-id-marker", "")
+        left = sorted(
+            (key, name)
+            for name, (key, _) in self.uploads.items()
+            if key.startswith(request.query["prefix"]) and (key, name) > after
+        )
+        shown, more = left[: self.page], left[self.page :]
+        out = [f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>"]
+        out.append("<EncodingType>url</EncodingType>")
+        if more:
+            key, name = shown[-1]
+            out.append(f"<NextKeyMarker>{quote_plus(key)}</NextKeyMarker>")
+            out.append(f"<NextUploadIdMarker>{name}</NextUploadIdMarker>")
+        for key, name in shown:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(self.begun[name]))
+            out.append(
+                f"<Upload><Key>{quote_plus(key)}</Key><UploadId>{name}</UploadId>"
+                f"<Initiated>{stamp}</Initiated></Upload>"
+            )
+        return _xml("ListMultipartUploadsResult", "".join(out))
 
     def _take_part(self, request: Request, data: bytes) -> str | None:
         upload = self.uploads.get(request.query["uploadId"])

@@ -10,7 +10,15 @@ from typing import Any
 import trio
 
 from proxy.errors import Conflict, NotFound, ProxyError, Refused
-from proxy.remotes.objects.store import Condition, Limits, Listed, ObjectStat, Page
+from proxy.remotes.objects.store import (
+    Condition,
+    Limits,
+    Listed,
+    ObjectStat,
+    OpenUpload,
+    Page,
+    UploadPage,
+)
 
 SMALL = Limits(
     smallest_part=4,
@@ -118,6 +126,20 @@ class MemoryStore:
         await self.step("upload", key)
         self.uploads.append(MemoryUpload(self, key))
         return self.uploads[-1]
+
+    async def open_uploads(
+        self, prefix: str, *, token: tuple[str, str] | None = None
+    ) -> UploadPage:
+        await self.step("uploads", prefix)
+        del token
+        found = [each for each in self.uploads if each.open and each.key.startswith(prefix)]
+        return UploadPage([OpenUpload(each.key, str(id(each)), 0.0) for each in found], None)
+
+    async def abort_upload(self, key: str, upload_id: str) -> None:
+        await self.step("abort", key)
+        for each in self.uploads:
+            if str(id(each)) == upload_id:
+                each.open = False
 
     async def capabilities(self) -> Mapping[str, Any]:
         await trio.lowlevel.checkpoint()
