@@ -110,6 +110,7 @@ def test_every_code_that_is_answered_is_documented() -> None:
 
 
 def test_every_reason_of_a_full_is_documented() -> None:
+    constants = _constants(_trees())
     found: set[str] = set()
     for node in (node for tree in _trees() for node in ast.walk(tree)):
         match node:
@@ -118,6 +119,11 @@ def test_every_reason_of_a_full_is_documented() -> None:
                 args=[ast.Constant(value=str(reason)), *_],
             ):
                 found.add(reason)
+            case ast.Call(
+                func=ast.Name(id="Whole" | "NoParent" | "Refusal"),
+                args=[ast.Name(id=name), *_],
+            ) if name in constants:
+                found.add(constants[name])
             case _:
                 pass
     table = rows(section(TROUBLESHOOTING, "A full instead of a delta"))
