@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy.jobs.disk_snapshots import chain_length, newest_exported
 
@@ -32,6 +32,8 @@ class Whole:
 
 Choice = Base | Whole
 
+FULL_INTERVAL: Final = "FULL_INTERVAL"
+
 
 async def choose(
     disks: Sequence[str],
@@ -39,6 +41,7 @@ async def choose(
     targets: Sequence[Target],
     *,
     full_interval: int,
+    others: Sequence[Group] = (),
 ) -> dict[str, Choice]:
     """For each live disk (uuid) what it is backed up from.
 
@@ -46,7 +49,36 @@ async def choose(
     has its base as the youngest disk of a chain that can be read.  An error of a target's
     storage counts as a refusal, with the error as evidence: the full backup that follows will
     tell it.  So does what ``damage`` says of the chain.
+
+    ``others`` are the snapshots of other jobs.  When there is no base at all, a lone target
+    that knows disks by their content may have got one of them from another job.
     """
+    found = await _of_this_job(disks, groups, targets, full_interval)
+    is_due = any(isinstance(one, Whole) and one.reason == FULL_INTERVAL for one in found.values())
+    if is_due or any(isinstance(one, Base) for one in found.values()):
+        return found
+    if len(targets) == 1 and targets[0].knows_content:
+        for group in reversed(others):
+            by_content = await _of_content(disks, group, targets[0])
+            if by_content:
+                return {**found, **by_content}
+    return found
+
+
+async def _of_content(disks: Sequence[str], group: Group, target: Target) -> dict[str, Base]:
+    """The disks of which the target has the content of their snapshot in ``group``."""
+    known = {
+        one.source_uuid: one
+        for one in group
+        if one.source_uuid in disks and one.content_key and one.has_data
+    }
+    refused = await target.find_bases(known, by_content=True)
+    return {disk: Base(one) for disk, one in known.items() if disk not in refused}
+
+
+async def _of_this_job(
+    disks: Sequence[str], groups: Sequence[Group], targets: Sequence[Target], full_interval: int
+) -> dict[str, Choice]:
     group = newest_exported(groups)
     if not group:
         why = Whole("NO_SNAPSHOT", "no earlier snapshot of this job was exported")
@@ -66,7 +98,7 @@ async def choose(
             )
         elif due:
             found[disk] = Whole(
-                "FULL_INTERVAL",
+                FULL_INTERVAL,
                 f"a key backup is due after {length} deltas",
                 {"fullInterval": full_interval, "chainLength": length},
             )
@@ -83,7 +115,7 @@ async def _refused(
     refused: dict[str, Whole] = {}
     for target in targets:
         for disk, refusal in (await target.find_bases(left)).items():
-            evidence = {**refusal.evidence, "remote": target.id}
+            evidence = {**refusal.evidence, "target": target.id}
             refused[disk] = Whole(refusal.reason, refusal.message, evidence)
             del left[disk]
     return refused

@@ -41,6 +41,8 @@ class DiskSnapshot:
     """False: only the map of what changed since is left."""
     vm_ref: str | None
     """The snapshot VM that it belongs to, if there is one."""
+    content_key: str = ""
+    """Equal for disks of equal content, on any SR; empty for a snapshot of older days."""
 
 
 Group = list[DiskSnapshot]
@@ -53,12 +55,21 @@ async def list_disk_snapshots(xapi: Xapi, vm: Record, job_id: str) -> list[Group
     Read from the pool now.  A snapshot that is attached to anything but one snapshot VM of the
     same run, or whose keys disagree in any way, is somebody else's and left out.
     """
+    return await _list(xapi, vm, lambda job: job == job_id)
+
+
+async def list_disk_snapshots_of_others(xapi: Xapi, vm: Record, job_id: str) -> list[Group]:
+    """As :func:`list_disk_snapshots`, what every job but ``job_id`` keeps."""
+    return await _list(xapi, vm, lambda job: job not in (None, job_id))
+
+
+async def _list(xapi: Xapi, vm: Record, is_wanted: Callable[[str | None], bool]) -> list[Group]:
     found: list[DiskSnapshot] = []
     for _, _, disk in await vms.disks(xapi, vm):
         refs = [ref for ref in disk.get("snapshots", []) if vms.is_ref(ref)]
 
         async def read(ref: str, source: str = disk["uuid"]) -> DiskSnapshot | None:
-            return await _read(xapi, ref, source, vm["uuid"], job_id)
+            return await _read(xapi, ref, source, vm["uuid"], is_wanted)
 
         found += [one for one in await together(read, refs) if one is not None]
     found.sort(key=lambda one: (one.datetime, one.source_uuid))
@@ -66,14 +77,14 @@ async def list_disk_snapshots(xapi: Xapi, vm: Record, job_id: str) -> list[Group
 
 
 async def _read(
-    xapi: Xapi, ref: str, source: str, vm_uuid: str, job_id: str
+    xapi: Xapi, ref: str, source: str, vm_uuid: str, is_wanted: Callable[[str | None], bool]
 ) -> DiskSnapshot | None:
     record = await vms.record_or_none(xapi, "VDI", ref)
     if record is None:
         return None
     keys = keys_of(record)
     if (
-        keys.get(ownership.JOB) != job_id
+        not is_wanted(keys.get(ownership.JOB))
         or keys.get(ownership.VM) != vm_uuid
         or ownership.COPY_OF in keys
         or ownership.DATETIME not in keys
@@ -92,6 +103,7 @@ async def _read(
         chain_length=_number(keys.get(ownership.DELTA_CHAIN_LENGTH)),
         has_data=record.get("type") != "cbt_metadata",
         vm_ref=owners[0][0] if owners else None,
+        content_key=keys.get(ownership.CONTENT_KEY, ""),
     )
 
 

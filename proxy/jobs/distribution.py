@@ -46,6 +46,10 @@ class DistributedDestination:
     def properties(self) -> Mapping[str, Any]:
         return {**self._members[0].properties, "id": self.id}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return [each for member in self._members for each in member.export_ids]
+
     def retention(self, settings: Settings) -> float:
         return self._members[0].retention(settings)
 
@@ -128,6 +132,10 @@ class DistributedTarget:
     def encodes(self) -> bool:
         return self._chosen.encodes
 
+    @property
+    def stores_md5(self) -> bool:
+        return self._chosen.stores_md5
+
     async def space(self) -> int | None:
         return await self._chosen.space()
 
@@ -164,7 +172,14 @@ class DistributedTarget:
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await self._use().write_full(export, copy, consumer)
 
-    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+    @property
+    def knows_content(self) -> bool:
+        """What another job brought to one of many says nothing about where a chain is."""
+        return False
+
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
         """The member that has most of them is chosen; where none has any, the choice stands."""
         refused: Mapping[str, Refusal] = {}
         fewest = len(snapshots)

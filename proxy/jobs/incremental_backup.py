@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from proxy.disks.disk import block_pool
 from proxy.disks.qcow2_stream import Qcow2Stream
-from proxy.errors import ProxyError, Refused
+from proxy.errors import ProxyError
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
 from proxy.jobs.disk_copying import DiskFanOut
-from proxy.jobs.disk_snapshots import destroy_group, expired_groups, list_disk_snapshots
+from proxy.jobs.disk_snapshots import (
+    destroy_group,
+    expired_groups,
+    list_disk_snapshots,
+    list_disk_snapshots_of_others,
+)
 from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disks
 from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
@@ -26,7 +32,7 @@ from proxy.runtime.deadlines import undo_within
 from proxy.xapi import cbt, ownership, vms
 from proxy.xapi.migration import block_migration
 from proxy.xapi.snapshots import NO_BACKUP
-from proxy.xapi.vdi_export import ExportOptions, VdiExport, export_vdi
+from proxy.xapi.vdi_export import ExportOptions, StepDown, VdiExport, export_vdi
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -115,6 +121,7 @@ class _Attempt:
                 groups,
                 self._targets,
                 full_interval=int(backup.settings.full_interval),
+                others=await self._snapshots_of_others(),
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
             await self._prune(include_unfinished=True)
@@ -134,6 +141,13 @@ class _Attempt:
                     with undo_within("pruning the snapshots", DESTROY_SECONDS):
                         await self._prune()
                     await self._drop_data(ref)
+
+    async def _snapshots_of_others(self) -> list[Group]:
+        """Only where they can serve: reading them costs calls."""
+        if len(self._targets) != 1 or not self._targets[0].knows_content:
+            return []
+        backup = self._backup
+        return await list_disk_snapshots_of_others(self._xapi, backup.vm, backup.job.id)
 
     @contextlib.asynccontextmanager
     async def _snapshot(self, groups: Sequence[Group]) -> AsyncIterator[str]:
@@ -326,6 +340,8 @@ class _Attempt:
                     await self._read_disk(copy, pool, disk, choices.get(disk.source_uuid))
             except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
                 failures.append(error)
+                for fan_out in self._fan_outs:  # of this disk and of those that end with it
+                    fan_out.when_cancelled = failures[0]
                 nursery.cancel_scope.cancel("a disk cannot be read")
 
         async with trio.open_nursery() as nursery:
@@ -354,18 +370,7 @@ class _Attempt:
         if all(run.failed for run in self._runs):
             raise NoConsumers
         async with contextlib.AsyncExitStack() as stack:
-            opened = await stack.enter_async_context(
-                export_vdi(
-                    self._xapi,
-                    exported.ref,
-                    exported.vdi,
-                    None if base is None else base.snapshot.ref,
-                    options,
-                )
-            )
-            if base is not None and isinstance(opened.disk, Qcow2Stream) and opened.disk.partial:
-                # Its clusters are smaller than our blocks: the rest of a block is the base's.
-                opened.disk.parent = await self._open_base(exported.source_uuid, stack)
+            opened = await self._open(stack, exported, base, options)
             self._note(copy, exported, base, opened)
             fan_out = DiskFanOut(opened.disk, pool.count, self._backup.rate)
             self._fan_outs.append(fan_out)
@@ -374,13 +379,38 @@ class _Attempt:
                     run.give(DiskPart(exported, opened.disk, fan_out.consumer()))
             await fan_out.run(pool)
 
-    async def _open_base(self, disk: str, stack: contextlib.AsyncExitStack) -> RandomDisk:
+    async def _open(
+        self,
+        stack: contextlib.AsyncExitStack,
+        exported: ExportedDisk,
+        base: Base | None,
+        options: ExportOptions,
+    ) -> VdiExport:
+        """The disk's content; the difference to ``base`` if it can be had and be used."""
+        export = partial(export_vdi, self._xapi, exported.ref, exported.vdi)
+        if base is None:
+            return await stack.enter_async_context(export(None, options))
+        async with contextlib.AsyncExitStack() as delta:
+            opened = await delta.enter_async_context(export(base.snapshot.ref, options))
+            parts = opened.disk if isinstance(opened.disk, Qcow2Stream) else None
+            if parts is not None and parts.partial:
+                # Its clusters are smaller than our blocks: the rest of a block is the base's.
+                parts.parent = await self._open_base(exported.source_uuid, delta)
+            if parts is None or not parts.partial or parts.parent is not None:
+                await stack.enter_async_context(delta.pop_all())
+                return opened
+        whole = await stack.enter_async_context(export(None, options))
+        why = "no target can read the base, which the delta has only parts of blocks of"
+        whole.steps_down.insert(0, StepDown("delta", "ENOBASE", why))
+        return whole
+
+    async def _open_base(self, disk: str, stack: contextlib.AsyncExitStack) -> RandomDisk | None:
         """The whole content of a base, from the first target where it can be read."""
         for target in self._targets:
             opening = target.open_base(disk)
             if opening is not None:
                 return await stack.enter_async_context(opening)
-        raise Refused(f"no target can read the base of disk {disk}", code="ENOBASE")
+        return None
 
     def _note(
         self,

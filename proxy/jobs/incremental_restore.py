@@ -224,17 +224,13 @@ class _Restore:
             made.vdis.append(disk.made)
             return
 
-        async def discard(result: Any) -> None:
-            await vms.destroy_vdi(xapi, str(result))
-
-        disk.made = str(
-            await xapi.call_async("VDI.clone", disk.nearest.snapshot_ref, on_late_success=discard)
+        disk.made = await vm_create.clone_vdi(
+            xapi,
+            disk.nearest.snapshot_ref,
+            disk.vdi,
+            marks=self._marks,
+            made=made.vdis.append,
         )
-        made.vdis.append(disk.made)
-        await vm_create.mark_vdi(xapi, disk.made, disk.vdi, marks=self._marks)
-        size = int(disk.vdi["virtual_size"])
-        if int((await xapi.record("VDI", disk.made))["virtual_size"]) < size:
-            await xapi.call_async("VDI.resize", disk.made, size)
 
     async def _attach(self, disk: _Disk, vm_ref: str) -> None:
         for record in self._records("vbds").values():

@@ -1,4 +1,4 @@
-"""Opening the remotes of a run: one that does not open is a failed task, and the run goes on."""
+"""Opening what a run writes to: what does not open is a failed task, and the run goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from proxy.errors import NotFound, ProxyError
+from proxy.jobs.replication.sr_target import SrDestination
 from proxy.runtime.deadlines import deadline
 
 if TYPE_CHECKING:
@@ -39,6 +40,32 @@ async def open_remotes(
             await services.sweeper.contact_remote(root, opened[remote_id])
         except ProxyError as error:
             await failed(root.child("get remote adapter", id=remote_id, type="remote"), error)
+    return opened
+
+
+async def open_srs(
+    services: Services,
+    request: BackupRequest,
+    sr_ids: Sequence[str],
+    root: Task,
+    stack: contextlib.AsyncExitStack,
+    *,
+    seconds: float,
+) -> list[SrDestination]:
+    """Every SR that can be had within ``seconds``, each with a session on its own pool."""
+    opened: list[SrDestination] = []
+    for sr_id in sr_ids:
+        try:
+            spec = request.xapis.get(request.record_to_xapi.get(sr_id, ""))
+            if spec is None:
+                raise NotFound(f"no XAPI associated to {sr_id}", data={"id": sr_id})
+            with deadline(f"opening SR {sr_id}", seconds):
+                xapi = await stack.enter_async_context(services.xapi(spec))
+                await services.sweeper.contact(root, xapi)
+                ref = await xapi.by_uuid("SR", sr_id)
+                opened.append(SrDestination(sr_id, xapi, ref, await xapi.record("SR", ref)))
+        except ProxyError as error:
+            await failed(root.child("get SR record", id=sr_id, type="SR"), error)
     return opened
 
 

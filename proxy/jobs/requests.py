@@ -51,8 +51,10 @@ class VmJob:
     compression: str
     """``none``, ``native`` (gzip) or ``zstd``."""
     schedule_id: str
+    schedule_name: str
     vms: list[str]
     remote_ids: list[str]
+    sr_ids: list[str]
     settings: SettingLevels
     request: BackupRequest
 
@@ -75,8 +77,8 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
     remote_ids = ids_of(job.get("remotes"))
-    levels.refuse_wrong([*remote_ids, *ids_of(job.get("srs"))])
-    _refuse_unsupported(job, levels)
+    sr_ids = ids_of(job.get("srs"))
+    levels.refuse_wrong([*remote_ids, *sr_ids])
     compression = job.get("compression") or ""
     return VmJob(
         id=str(job.get("id", "")),
@@ -84,16 +86,13 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         mode=mode,
         compression=_COMPRESSIONS.get(str(compression), "zstd"),
         schedule_id=schedule_id,
+        schedule_name=str(request.schedule.get("name") or ""),
         vms=ids_of(job.get("vms")),
         remote_ids=remote_ids,
+        sr_ids=sr_ids,
         settings=levels,
         request=request,
     )
-
-
-def _refuse_unsupported(job: Mapping[str, Any], levels: SettingLevels) -> None:
-    if ids_of(job.get("srs")):
-        raise Refused("replication to SRs is not available yet", code="ENOTSUP")
 
 
 @dataclass(frozen=True, slots=True)

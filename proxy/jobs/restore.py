@@ -13,7 +13,7 @@ from proxy.jobs.restored_vm import dress_restored
 from proxy.jobs.undo import undo_step
 from proxy.runtime.buffers import Buffer, BufferPool
 from proxy.xapi import vm_create, vms
-from proxy.xapi.migration import OPERATIONS, REASON
+from proxy.xapi.migration import forget_block
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -66,7 +66,7 @@ async def restore_full(
                 transfer.complete_progress()
                 vm_ref = made[0]
                 await _mark(xapi, vm_ref, marks)
-                await _unblock_migration(xapi, vm_ref)
+                await forget_block(xapi, vm_ref)
                 if request.new_mac_addresses:
                     await _renew_macs(xapi, vm_ref)
                 await dress(xapi, vm_ref, request, record)
@@ -163,18 +163,6 @@ async def _mark(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> None:
     await xapi.call("VM.set_name_label", vm_ref, vm_create.importing(vm["name_label"]))
     config: dict[str, str] = vm.get("other_config") or {}
     await xapi.call("VM.set_other_config", vm_ref, {**config, **marks})
-
-
-async def _unblock_migration(xapi: Xapi, vm_ref: str) -> None:
-    """A VM exported without a snapshot carries our own block inside its archive."""
-    vm = await xapi.record("VM", vm_ref)
-    ours = {
-        operation: None
-        for operation in OPERATIONS
-        if vm.get("blocked_operations", {}).get(operation) == REASON
-    }
-    if ours:
-        await xapi.update_map("VM", vm_ref, "blocked_operations", ours)
 
 
 async def _renew_macs(xapi: Xapi, vm_ref: str) -> None:

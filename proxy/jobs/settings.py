@@ -29,10 +29,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     concurrency: _Count = 2
     """VMs at once; 0 is no limit."""
     copy_retention: _Count = 0
+    """Replicas kept on an SR, the new one included."""
     delete_first: bool = False
     disk_per_vm_concurrency: _Count = 0
     """Disks of one VM at once; 0 is no limit."""
     distribute_backups: bool = False
+    distribute_replications: bool = False
     export_retention: _Count = 0
     """Backups kept on a remote, the new one included."""
     full_interval: _Count = 0
@@ -69,6 +71,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     unconditional_snapshot: bool = False
     vm_timeout: _Count = 0
     """For all attempts at one VM; 0 is no limit."""
+    warm_migration: bool = msgspec.field(default=False, name="_warmMigration")
+    """The replica goes into production: it gets no tag and keeps its HA."""
 
     def export_rate(self) -> Callable[[], float]:
         """What says how many bytes per second the run may move now; 0 is no limit."""
@@ -96,9 +100,6 @@ WITHOUT_EFFECT = {
     "validateVhdStreams": "streams are always checked",
 }
 """Keys that Xen Orchestra knows and nobody reads: told once, with the reason."""
-
-REPLICATION_KEYS = frozenset({"distributeReplications", "_warmMigration"})
-IGNORED = REPORT_KEYS | REPLICATION_KEYS
 
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 
@@ -162,7 +163,7 @@ class SettingLevels:
         """A sentence for each key that means nothing to any run, to be told once."""
         found: set[str] = set()
         for level in (*self._base, *self._job.values()):
-            found.update(set(_level(level, "the job")) - KNOWN - IGNORED)
+            found.update(set(_level(level, "the job")) - KNOWN - REPORT_KEYS)
         return [
             f"the setting '{key}' has no effect: {WITHOUT_EFFECT[key]}"
             if key in WITHOUT_EFFECT

@@ -39,6 +39,11 @@ class Destination(Protocol):
         """Of the ``export`` tasks: what the log says of it."""
         ...
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        """The ids that its ``export`` tasks can have."""
+        ...
+
     def retention(self, settings: Settings) -> float:
         """How many backups are to be kept here; 0: none are made."""
         ...
@@ -67,6 +72,11 @@ class Target(Protocol):
         """Whether what it stores is compressed here: then a slow target may be a slow CPU."""
         ...
 
+    @property
+    def stores_md5(self) -> bool:
+        """Whether a full backup here asks for the MD5 of its stream."""
+        ...
+
     async def space(self) -> int | None:
         """Free bytes; ``None`` where there is no limit."""
         ...
@@ -91,11 +101,19 @@ class Target(Protocol):
         """
         ...
 
-    async def find_bases(self, snapshots: Mapping[str, DiskSnapshot]) -> Mapping[str, Refusal]:
+    @property
+    def knows_content(self) -> bool:
+        """Whether :meth:`find_bases` can look ``by_content``."""
+        ...
+
+    async def find_bases(
+        self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
+    ) -> Mapping[str, Refusal]:
         """Of which live disks (uuids) no delta since their snapshot can be stored here.
 
         The target remembers what it found for the others, for the deltas that may come; that
-        they may come does not mean that they will.
+        they may come does not mean that they will.  With ``by_content`` whoever brought the
+        content of a snapshot here will do; otherwise only this job.
         """
         ...
 
@@ -143,7 +161,8 @@ class FullCopy:
     stored: set[str]
     """Receives the id of each target that has its backup, even if its task fails later."""
     digest: Callable[[], bytes]
-    """MD5 of the whole stream, once it has ended."""
+    """MD5 of the whole stream, once it has ended; for targets of which ``stores_md5`` says
+    that they ask."""
     bottleneck: Callable[[], str]
 
 

@@ -62,21 +62,43 @@ class VmBackup:
         return str(self.vm["uuid"])
 
     @property
+    def marks(self) -> dict[str, str]:
+        """On what is unfinished on a pool."""
+        return ownership.Owner(self.installation, self.run_id).marks
+
+    @property
     def tags(self) -> Sequence[str]:
         return self.vm.get("tags") or ()
 
 
-def refuse_vm(backup: VmBackup) -> None:
+async def refuse_vm(backup: VmBackup) -> None:
     """Raise for a VM that must not be backed up; no attempt changes that."""
     vm = backup.vm
-    if vm.get("other_config", {}).get(ownership.JOB) == backup.job.id and "start" in vm.get(
-        "blocked_operations", {}
-    ):
+    if await _is_replica_of_this_job(backup):
         raise Refused("cannot backup a VM created by this very job", code="EREPLICA")
     operations = set(vm.get("current_operations", {}).values())
     if operations & {"migrate_send", "pool_migrate"}:
         raise Refused("cannot backup a VM currently being migrated", code="EMIGRATING")
     refuse_contradictions(backup.settings)
+
+
+async def _is_replica_of_this_job(backup: VmBackup) -> bool:
+    """A replica that follows its source has the job's keys on its snapshots only."""
+    vm, xapi, job_id = backup.vm, backup.xapi, backup.job.id
+    keys: dict[str, str] = vm.get("other_config") or {}
+    if "start" not in (vm.get("blocked_operations") or {}):
+        return False
+    if keys.get(ownership.JOB) == job_id:
+        return True
+    if ownership.SR not in keys:
+        return False
+    refs: list[str] = vm.get("snapshots") or []
+    for ref in refs:
+        snapshot = await vms.record_or_none(xapi, "VM", ref)
+        theirs: dict[str, str] = {} if snapshot is None else snapshot.get("other_config") or {}
+        if theirs.get(ownership.JOB) == job_id and theirs.get(ownership.VM) != backup.uuid:
+            return True
+    return False
 
 
 @contextlib.asynccontextmanager
@@ -94,7 +116,6 @@ async def snapshot(
     ``newer_than`` (a sortable time of an earlier one): the keys know only whole seconds.
     """
     xapi = backup.xapi
-    marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
     async with contextlib.AsyncExitStack() as stack:
         async with task.child("snapshot") as child:
             ref = await take_snapshot(
@@ -102,7 +123,7 @@ async def snapshot(
                 backup.vm_ref,
                 checkpoint=backup.settings.checkpoint_snapshot,
                 bypass_chain_check=backup.settings.bypass_vdi_chains_check,
-                marks=marks,
+                marks=backup.marks,
             )
             await stack.enter_async_context(_destroyed_on_failure(xapi, ref, keep))
             await ownership.set_keys(

@@ -13,8 +13,7 @@ from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import DistributedDestination
 from proxy.jobs.health_check import HealthChecks, is_filtered, tell_filtered
-from proxy.jobs.opening import failed, open_remotes
-from proxy.jobs.patterns import ids_of
+from proxy.jobs.opening import failed, open_remotes, open_srs
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
 from proxy.jobs.run_limits import RunLimits
@@ -39,9 +38,17 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
     for sentence in job.settings.without_effect():
         root.warning(sentence)
     checks = HealthChecks(services, job.request, root)
-    targets = [*job.remote_ids, *ids_of(job.request.job.get("srs"))]
+    targets = [*job.remote_ids, *job.sr_ids]
     await checks.find_srs(job.settings.health_check_srs([*job.vms, *targets]))
     async with contextlib.AsyncExitStack() as stack:
+        srs = await open_srs(
+            services,
+            job.request,
+            job.sr_ids,
+            root,
+            stack,
+            seconds=settings.get_remote_timeout / 1000,
+        )
         remotes = await open_remotes(
             services,
             job.request,
@@ -55,6 +62,10 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
         ]
         if settings.distribute_backups and len(destinations) > 1:
             destinations = [DistributedDestination(destinations)]
+        if settings.distribute_replications and len(srs) > 1:
+            destinations.append(DistributedDestination(srs))
+        else:
+            destinations += srs
         if not destinations and settings.snapshot_retention == 0:
             return
         root.info("vms", {"vms": job.vms})
@@ -137,7 +148,7 @@ class _VmRun:
         """Try, and try again at once for the targets that have no backup yet."""
         wanted = self._wanted(vm, settings)
         backup = self._vm_backup(xapi, ref, vm, settings)
-        refuse_vm(backup)
+        await refuse_vm(backup)
         if await start_left_off(task, backup):
             backup = self._vm_backup(xapi, ref, await xapi.record("VM", ref), settings)
 
@@ -159,6 +170,7 @@ class _VmRun:
             tries=max(0, settings.n_retries_vm_backup_failures) + 1,
             has=lambda target: target in backup.stored,
             message="Retry the VM backup due to an error",
+            export_ids=lambda target: self._destinations[target].export_ids,
         )
         if stored and is_filtered(settings, backup.tags):
             await tell_filtered(task)
@@ -199,7 +211,7 @@ class _VmRun:
         self, task: Task, backup: VmBackup, wanted: Mapping[str, Settings]
     ) -> list[str]:
         if not wanted and backup.settings.snapshot_retention == 0:
-            if self._job.remote_ids:
+            if self._job.remote_ids or self._job.sr_ids:
                 raise Refused("no target is left for this VM", code="ENOTARGET")
             return []
         async with self._targets(task, backup, wanted) as targets:

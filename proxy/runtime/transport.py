@@ -69,6 +69,10 @@ _PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYE
 _NO_TLS = ": what listens there speaks no TLS; check the port, and whether http was meant"
 
 
+NO_CONNECTION = frozenset({"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "ENOTFOUND", "ETIMEDOUT"})
+"""Of hosts that are not there, or not to be reached from here."""
+
+
 def connect_error(error: BaseException, peer: str) -> ProxyError:
     """Say why ``peer`` could not be reached, with Node.js's name of the reason as the code.
 
@@ -309,6 +313,17 @@ class Connection:
                     sock.send(farewell)
             sock.close()
 
+    def send_eof(self) -> None:
+        """Say that nothing more will be sent; what was sent still arrives, and so do answers."""
+        sock = self._socket
+        if sock is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(sock, ssl.SSLSocket):
+                sock.unwrap()  # sends the alert and does not wait for the peer's
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+
     def _broken(self, error: OSError) -> ProxyError:
         return connect_error(error, self.peer)
 
@@ -505,6 +520,7 @@ async def read_head(connection: Connection, early: bytes = b"") -> tuple[bytes, 
 
 
 __all__ = [
+    "NO_CONNECTION",
     "Connection",
     "client_context",
     "connect",

@@ -37,7 +37,7 @@ async def import_vm(pool: SimulatedPool, wire: Wire, request: Head, transfer: Tr
         while left > 0 and not ended and (data := (await wire.read())[:left]):
             left -= len(data)
             await inlet.take(len(data))
-            ended = await importer.feed(data)
+            ended = await importer.feed(data) and not pool.reads_on
         importer.finish()
         await inlet.finish()
         done = True

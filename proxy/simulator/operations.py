@@ -151,6 +151,16 @@ def _memory(pool: SimulatedPool, vm: str, low: Any, high: Any, least: Any, most:
     pool.vms.set_memory(vm, int(low), int(high), int(least), int(most))
 
 
+@_operation("VM.set_VCPUs_max")
+def _processors(pool: SimulatedPool, vm: str, number: Any) -> None:
+    pool.vms.set_processors(vm, most=int(number))
+
+
+@_operation("VM.set_VCPUs_at_startup")
+def _processors_at_startup(pool: SimulatedPool, vm: str, number: Any) -> None:
+    pool.vms.set_processors(vm, at_startup=int(number))
+
+
 @_operation("VM.set_bios_strings")
 def _bios_strings(pool: SimulatedPool, vm: str, strings: dict[str, str]) -> None:
     pool.vms.set_bios_strings(vm, strings)

@@ -72,6 +72,8 @@ class SimulatedPool:
         """An old server: VM.snapshot takes no list of disks to leave out."""
         self.coalesces = True
         """Whether hidden parents are merged as soon as they can be."""
+        self.reads_on = False
+        """Imports do not end with their archive but with the connection, or the length."""
         self.vtpm_contents: dict[str, str] = {}
         self.is_upgrading = False
         """A rolling upgrade is under way: the database is sent without its rows."""

@@ -197,6 +197,20 @@ class VmOperations:
             memory_target=least,
         )
 
+    def set_processors(
+        self, vm: str, *, most: int | None = None, at_startup: int | None = None
+    ) -> None:
+        """One of the two numbers of a halted VM, which must fit the other."""
+        self._pool.devices.check_power(vm, "Halted")
+        record = self._store.get("VM", vm)
+        upper: int = record["VCPUs_max"] if most is None else most
+        lower: int = record["VCPUs_at_startup"] if at_startup is None else at_startup
+        if not 0 < lower <= upper:
+            values = f"VCPUs_at_startup = {lower}, VCPUs_max = {upper}"
+            rule = "VCPU values must satisfy: 0 < VCPUs_at_startup <= VCPUs_max"
+            raise XapiError("INVALID_VALUE", [values, rule])
+        self._store.update("VM", vm, VCPUs_max=upper, VCPUs_at_startup=lower)
+
     def set_bios_strings(self, vm: str, strings: Record) -> None:
         """Once and for all; those that are not given get Xen's."""
         if self._store.get("VM", vm)["bios_strings"]:

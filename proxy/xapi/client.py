@@ -324,9 +324,9 @@ class Xapi:
         return transfer.export_vm(self, vm_ref, compression=compression)
 
     def import_vm(
-        self, sr_ref: str, *, length: int
+        self, sr_ref: str, *, length: int | None
     ) -> AbstractAsyncContextManager[transfer.Upload]:
-        """Upload an XVA archive of ``length`` bytes to an SR (see ``transfer.Upload``)."""
+        """Upload an XVA archive of ``length`` bytes to an SR (see ``transfer.import_vm``)."""
         return transfer.import_vm(self, sr_ref, length=length)
 
     def export_pool(self) -> AbstractAsyncContextManager[transfer.Download]:

@@ -53,6 +53,14 @@ async def block_migration(xapi: Xapi, vm_ref: str) -> AsyncIterator[None]:
                 tell_trouble("could not unblock migration", error, vm=vm_ref)
 
 
+async def forget_block(xapi: Xapi, vm_ref: str) -> None:
+    """Take our block off a VM that was made of an archive: an export without a snapshot has it."""
+    vm = await xapi.record("VM", vm_ref)
+    present: dict[str, str] = vm.get("blocked_operations") or {}
+    ours: dict[str, str | None] = {op: None for op in OPERATIONS if present.get(op) == REASON}
+    await xapi.update_map("VM", vm_ref, "blocked_operations", ours)
+
+
 async def _block(xapi: Xapi, vm_ref: str, vm: dict[str, Any]) -> None:
     present: dict[str, str] = vm.get("blocked_operations") or {}
     for operation in OPERATIONS:
@@ -111,4 +119,4 @@ def _is_over(run: str) -> bool:
     return time.time() - started > _LONGEST_RUN_SECONDS
 
 
-__all__ = ["OPERATIONS", "REASON", "block_migration", "unblock_migration"]
+__all__ = ["OPERATIONS", "REASON", "block_migration", "forget_block", "unblock_migration"]

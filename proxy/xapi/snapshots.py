@@ -42,12 +42,14 @@ async def take_snapshot(
     checkpoint: bool = False,
     bypass_chain_check: bool = False,
     marks: Mapping[str, str] | None = None,
+    marked: Mapping[str, str] | None = None,
 ) -> str:
     """Snapshot a VM (``checkpoint``: with its memory) and return the snapshot's reference.
 
     Disks whose name holds ``[NOBAK]`` are left out, except from a checkpoint.  A VM whose
     state allows no checkpoint gets a plain snapshot.  ``marks`` are put on the live VM while
     the snapshot is taken, from which the host copies them: it is marked from its first moment.
+    ``marked`` are instead marks that the VM has anyway, and keeps.
 
     Raises ``Refused`` with the exact message ``unhealthy VDI chain`` (XO shows the VM as
     skipped), or ``XapiError``.  On failure or cancel no snapshot of ours remains and the USB
@@ -73,7 +75,7 @@ async def take_snapshot(
                 checkpoint=checkpoint,
                 ignored=ignored,
                 before=before,
-                marks=marks or {},
+                marks=marks or marked or {},
             )
     finally:
         # The guest froze its applications: it must hear the end also when we failed.

@@ -38,6 +38,10 @@ EXPLAIN_SECONDS: Final = 10.0
 EARLY_SECONDS: Final = 20.0
 """How long an upload waits for the answer to its head before it sends its body all the same."""
 UNDO_SECONDS: Final = 300.0
+UNKNOWN_LENGTH: Final = 2**50
+"""Announced for a body whose end only its content tells: XAPI takes no chunked bodies."""
+LINGER_SECONDS: Final = 5.0
+"""How long a host may need to see the end of such a body by itself."""
 _REDIRECTS: Final = 10
 
 
@@ -89,10 +93,10 @@ class Download:
 
 
 class Upload:
-    """The body of an import: ``length`` bytes in total, written by one task."""
+    """The body of an import, written by one task: ``length`` bytes in total, or as many as come."""
 
     def __init__(
-        self, xapi: Xapi, task: HostTask, connection: Connection, length: int, name: str
+        self, xapi: Xapi, task: HostTask, connection: Connection, length: int | None, name: str
     ) -> None:
         self._xapi = xapi
         self._task = task
@@ -107,7 +111,7 @@ class Upload:
 
         The inactivity timeout runs between two signs that the host takes bytes.
         """
-        if self.sent + len(view) > self._length:
+        if self._length is not None and self.sent + len(view) > self._length:
             raise ValueError(f"{self._name}: more than the announced {self._length} bytes")
         offset = 0
         try:
@@ -125,12 +129,25 @@ class Upload:
 
         Raises ``XapiError`` when the import failed.
         """
-        if self.sent != self._length:
+        if self._length is not None and self.sent != self._length:
             raise ValueError(f"{self._name}: {self.sent} of {self._length} bytes written")
         with deadline(f"{self._name}: end of the task", self._xapi.options.call_timeout):
-            result = await self._xapi.task_result(self._task, self._name)
+            if self._length is None:
+                # Most hosts know the end when they see it.  Where the archive is compressed,
+                # some read on until the connection ends.
+                with trio.move_on_after(LINGER_SECONDS):
+                    return await self._result()
+                self._connection.send_eof()
+            return await self._result()
+
+    async def _result(self) -> Any:
+        result = await self._xapi.task_result(self._task, self._name)
         self.finished = True
         return result
+
+    async def being_imported(self) -> list[str]:
+        """The VMs that the host is making of an archive at this moment."""
+        return await _being_imported(self._xapi, self._task.ref)
 
     def abort(self) -> None:
         """Close the socket at once; what it still holds is thrown away."""
@@ -206,8 +223,10 @@ async def export_vm(
 
 
 @asynccontextmanager
-async def import_vm(xapi: Xapi, sr_ref: str, *, length: int) -> AsyncIterator[Upload]:
+async def import_vm(xapi: Xapi, sr_ref: str, *, length: int | None) -> AsyncIterator[Upload]:
     """Import an XVA; ``finish`` returns the references of the VMs.
+
+    ``length`` is ``None`` for an archive that is still being made.
 
     Left without a successful ``finish``, the VMs that the import made are destroyed with
     their disks, shielded and bounded.
@@ -216,7 +235,10 @@ async def import_vm(xapi: Xapi, sr_ref: str, *, length: int) -> AsyncIterator[Up
         body: Upload | None = None
         try:
             query = {"sr_id": sr_ref}
-            connection, _ = await _open(xapi, "PUT", "/import/", query, task, "VM import", length)
+            announced = UNKNOWN_LENGTH if length is None else length
+            connection, _ = await _open(
+                xapi, "PUT", "/import/", query, task, "VM import", announced
+            )
             body = Upload(xapi, task, connection, length, "VM import")
             yield body
         finally:
@@ -253,7 +275,7 @@ async def _undo_import(xapi: Xapi, task: HostTask) -> None:
     """Destroy what an abandoned import made; trouble is logged, never raised."""
     try:
         with undo_within("VM import: undo", UNDO_SECONDS):
-            found = set(await _being_imported(xapi, task))
+            found = set(await _being_imported(xapi, task.ref))
             if task.settled:
                 found.update(await _result_of(xapi, task))
             else:
@@ -273,9 +295,9 @@ async def _result_of(xapi: Xapi, task: HostTask) -> list[str]:
     return [str(ref) for ref in result] if is_list(result) else []
 
 
-async def _being_imported(xapi: Xapi, task: HostTask) -> list[str]:
+async def _being_imported(xapi: Xapi, task_ref: str) -> list[str]:
     records = await xapi.call("VM.get_all_records")
-    return [ref for ref, vm in records.items() if task.ref in (vm.get("current_operations") or {})]
+    return [ref for ref, vm in records.items() if task_ref in (vm.get("current_operations") or {})]
 
 
 async def _open(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proxy.runtime.buffers import BufferPool
     from proxy.xapi.client import Xapi
 
-IMPORTING: Final = "[Importing] "
+RECEIVING: Final = "[Importing] "
 """In front of the name of a disk whose content is on its way."""
 _RENAME_SECONDS: Final = 30.0
 
@@ -44,8 +44,8 @@ async def import_vdi(
     as_qcow2 = disk.virtual_size > MAX_VIRTUAL_SIZE
     length = qcow2_length(disk) if as_qcow2 else vhd_length(disk)
     query = {"vdi": vdi_ref, "format": "qcow2" if as_qcow2 else "vhd"}
-    name = f"Importing content into VDI {IMPORTING}{label} on SR {sr['name_label']}"
-    await xapi.call("VDI.set_name_label", vdi_ref, f"{IMPORTING}{label}")
+    name = f"Importing content into VDI {RECEIVING}{label} on SR {sr['name_label']}"
+    await xapi.call("VDI.set_name_label", vdi_ref, f"{RECEIVING}{label}")
     try:
         async with upload(xapi, "/import_raw_vdi/", query, length=length, name=name) as body:
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
+
 from proxy.errors import Refused, XapiError
 from proxy.formats.vhd import MAX_VIRTUAL_SIZE
 from proxy.xapi import ownership, vms
+from proxy.xapi.vdi_import import RECEIVING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from proxy.xapi.client import Xapi
 
@@ -20,6 +23,7 @@ IMPORTING: Final = "Importing…"
 """Why a VM that is being made cannot be started."""
 _UNFINISHED: Final = f"[{IMPORTING}] "
 _START: Final = ("start", "start_on")
+_CLONE_SECONDS: Final = 120.0
 
 _VM_FIELDS: Final = (
     *("actions_after_crash", "actions_after_reboot", "actions_after_shutdown"),
@@ -72,11 +76,12 @@ def importing(name: object) -> str:
 
 def own_name(name: str) -> str:
     """``name`` without what :func:`importing` adds."""
-    return name.removeprefix(_UNFINISHED)
+    return name.removeprefix(RECEIVING).removeprefix(_UNFINISHED)
 
 
 def is_importing(name: object) -> bool:
-    return isinstance(name, str) and name.startswith(_UNFINISHED)
+    """Whether it is the name of something unfinished, also while a disk receives its content."""
+    return isinstance(name, str) and name.removeprefix(RECEIVING).startswith(_UNFINISHED)
 
 
 async def create_vm(
@@ -165,13 +170,41 @@ async def create_vdi(
     return str(await xapi.call("VDI.create", fields))
 
 
-async def mark_vdi(
-    xapi: Xapi, vdi_ref: str, record: Mapping[str, Any], *, marks: Mapping[str, str]
-) -> None:
-    """Give a VDI that was cloned what :func:`create_vdi` gives: two calls, the marks at once."""
+async def clone_vdi(
+    xapi: Xapi,
+    base_ref: str,
+    record: Mapping[str, Any],
+    *,
+    marks: Mapping[str, str],
+    made: Callable[[str], None],
+) -> str:
+    """A VDI with the content of ``base_ref`` that is otherwise as :func:`create_vdi` makes it.
+
+    As large as ``record`` says, if the base is smaller.  ``made`` hears of its reference as
+    soon as it exists: what follows may fail.  A cancel is felt when it exists.
+    """
+
+    async def discard(result: Any) -> None:
+        await vms.destroy_vdi(xapi, str(result))
+
+    # Not cancelled on the host: a clone whose task was cancelled too late looks like its base,
+    # and nobody would find it.  It takes no time to speak of.
+    vdi_ref = ""
+    with trio.CancelScope(shield=True):
+        vdi_ref = str(
+            await xapi.call_async(
+                "VDI.clone", base_ref, on_late_success=discard, timeout=_CLONE_SECONDS
+            )
+        )
+        made(vdi_ref)
+    # The name and the marks at once, for the same reason.
     await xapi.call("VDI.set_name_label", vdi_ref, importing(record.get("name_label")))
     keys: Mapping[str, str] = record.get("other_config") or {}
     await xapi.call("VDI.set_other_config", vdi_ref, {**keys, **marks})
+    size = int(record["virtual_size"])
+    if int((await xapi.record("VDI", vdi_ref))["virtual_size"]) < size:
+        await xapi.call_async("VDI.resize", vdi_ref, size)
+    return vdi_ref
 
 
 async def release_vdi(xapi: Xapi, vdi_ref: str, record: Mapping[str, Any]) -> None:
@@ -189,7 +222,7 @@ async def _takes_qcow2(xapi: Xapi, sr_ref: str) -> bool:
     return preferred is None or "qcow2" in preferred
 
 
-_VBD_FIELDS: Final = (
+VBD_FIELDS: Final = (
     *("bootable", "mode", "other_config", "qos_algorithm_params", "qos_algorithm_type"),
     *("type", "unpluggable", "userdevice"),
 )
@@ -197,7 +230,7 @@ _VBD_FIELDS: Final = (
 
 async def create_vbd(xapi: Xapi, record: Mapping[str, Any], vm_ref: str, vdi_ref: str) -> str:
     """The drive by which the VM has a disk, at the place it had."""
-    fields = {name: record[name] for name in _VBD_FIELDS if name in record}
+    fields = {name: record[name] for name in VBD_FIELDS if name in record}
     if not fields.get("userdevice"):
         free = await xapi.call("VM.get_allowed_VBD_devices", vm_ref)
         # 3 is where a CD drive is expected
@@ -210,7 +243,7 @@ async def create_vbd(xapi: Xapi, record: Mapping[str, Any], vm_ref: str, vdi_ref
     )
 
 
-_VIF_FIELDS: Final = (
+VIF_FIELDS: Final = (
     *("device", "ipv4_allowed", "ipv6_allowed", "locking_mode", "MAC", "MTU"),
     *("other_config", "qos_algorithm_params", "qos_algorithm_type"),
 )
@@ -261,7 +294,7 @@ async def create_vif(
     network = networks.match(record)
     if network is None:
         return None
-    fields = {name: record[name] for name in _VIF_FIELDS if name in record}
+    fields = {name: record[name] for name in VIF_FIELDS if name in record}
     if new_mac_address:
         fields["MAC"] = ""
     if not fields.get("device"):

@@ -9,6 +9,7 @@ import io
 import tarfile
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import trio
@@ -89,6 +90,47 @@ async def test_over_tls(nursery: trio.Nursery) -> None:
         async with xapi.import_vm(sr, length=len(content)) as upload:
             await put(upload, content)
             assert await upload.finish()
+
+
+@pytest.mark.parametrize("reads_on", [False, True], ids=["at its end", "at the connection's"])
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+async def test_an_archive_of_unknown_length_ends(
+    nursery: trio.Nursery, compression: Any, tls: bool, reads_on: bool
+) -> None:
+    pool = SimulatedPool.small()
+    pool.reads_on = reads_on
+    url = await nursery.start(partial(serve, pool, tls=tls))
+    ref = str(pool.do("VM.snapshot", pool.vm("vm1"), "s"))
+    async with connect(XapiOptions(url, "root", PASSWORD, allow_unauthorized=True)) as xapi:
+        content = await export(xapi, ref, compression)
+        sr = pool.store.get("pool", pool.ref)["default_SR"]
+        linger = mock.patch("proxy.xapi.transfer.LINGER_SECONDS", 0.1 if reads_on else 5)
+        with linger, trio.fail_after(4):
+            async with xapi.import_vm(sr, length=None) as upload:
+                await put(upload, content)
+                (vm,) = await upload.finish()
+        assert upload.sent == len(content)
+    assert [pool.digest(uuid) for uuid in pool.disk_uuids(vm)] == [
+        pool.digest(uuid) for uuid in pool.disk_uuids(ref)
+    ]
+
+
+async def test_an_archive_of_unknown_length_that_is_cut_leaves_nothing(
+    pool: SimulatedPool, xapi: Xapi, snapshot: str
+) -> None:
+    content = await export(xapi, snapshot, "none")
+    sr = pool.store.get("pool", pool.ref)["default_SR"]
+    with (
+        mock.patch("proxy.xapi.transfer.LINGER_SECONDS", 0.1),
+        trio.fail_after(4),
+        pytest.raises(XapiError) as caught,
+    ):
+        async with xapi.import_vm(sr, length=None) as upload:
+            await put(upload, content[: 2 * MiB])
+            await upload.finish()
+    assert caught.value.code == "IMPORT_ERROR_PREMATURE_EOF"
+    await clean(pool)
 
 
 # Breaks
