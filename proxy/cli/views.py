@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from proxy.errors import Canceled
+
 
 class Reason(msgspec.Struct):
     """Of what a note says, if its data tell one."""
@@ -49,7 +51,8 @@ class Error(msgspec.Struct):
     @property
     def shown(self) -> str:
         code = str(self.code)
-        return self.message if code in self.message else f"{self.message}; {code}"
+        told = code in self.message or code == Canceled.default_code  # the status says it
+        return self.message if told else f"{self.message}; {code}"
 
 
 class Step(msgspec.Struct):

@@ -69,6 +69,10 @@ def test_an_error_has_the_code_to_look_it_up_by() -> None:
     error = {"message": "ENOSPC: no space left on device", "code": "ENOSPC"}
     (line,) = outline(TaskView.read({**task, "data": {"name": "transfer", "error": error}}))
     assert line == "transfer: failure 1.0 s (ENOSPC: no space left on device)"
+    stopped = {**task, "status": "canceled"}
+    error = {"message": "by request", "code": "ECANCELED"}
+    (line,) = outline(TaskView.read({**stopped, "data": {"name": "transfer", "error": error}}))
+    assert line == "transfer: canceled 1.0 s (by request)"
 
 
 def test_the_outline_says_how_each_disk_was_read_and_why_whole() -> None:
