@@ -1,8 +1,8 @@
-"""``xo-proxy demo``: a backup, a restore and a cancel against a simulated pool, checked.
+"""``xo-proxy demo``: what runs do, against a simulated pool, checked.
 
-Everything that is claimed is verified from outside: the restored disk is exported again and
-compared byte for byte, and what a cancelled run left is read from the pool over XAPI and
-from the remote's folder.
+Everything that is claimed is verified from outside: restored and replicated disks are exported
+again and compared byte for byte, and what a cancelled run left is read from the pool over XAPI
+and from the remote's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 import xmlrpc.client
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import click
 import msgspec
@@ -46,6 +46,8 @@ RATE = 12 * MIB
 """Bytes a second of the simulated pool, slow enough to watch."""
 CANCEL_AT = 40
 _PATIENCE = 30.0
+_TEXT = b"what this VM is for\n"
+"""In a file of the VM: to be found in a plain backup, and not in an encrypted one."""
 
 
 Records = dict[str, dict[str, Any]]
@@ -64,7 +66,7 @@ class Described(msgspec.Struct):
 @click.command()
 @click.option("--keep", is_flag=True, help="Keep the temporary folder and say where it is.")
 def demo(keep: bool) -> None:
-    """Show a full backup, a restore and a cancel, and check each.
+    """Show a backup, a restore, a mirror, a replication and a cancel, and check each.
 
     Needs no pool and no root: the pool is simulated, the remote is a temporary folder. Ends
     with exit code 1 when a comparison fails.
@@ -141,6 +143,7 @@ class Demo:
     def __init__(self, folder: Path, console: Console) -> None:
         self._folder = folder
         self._remote = folder / "remote"
+        self._key = secrets.token_hex(16)
         self._console = console
         self._step = 0
 
@@ -167,6 +170,20 @@ class Demo:
             self._title("A restore")
             restored = self._restore(client, described, identifier)
             self._compare(pool, restored, image)
+
+            self._title("A mirror of it on an encrypted remote")
+            self._check(
+                self._backup(client, self._mirror_job()).status == "success", "the mirror succeeded"
+            )
+            self._check_mirror(client)
+
+            self._title("A replica on a storage of the pool, checked by starting a copy of it")
+            replicating = self._replication_job(described, vm)
+            ended = self._backup(client, replicating)
+            for line in outline(ended):
+                self._say(line)
+            self._check(ended.status == "success", "the replica was made, and its copy started")
+            self._compare(pool, self._only_replica(pool), image)
 
             self._title(f"A second backup, cancelled at {CANCEL_AT} %")
             before, files = pool.inventory(), self._files()
@@ -205,7 +222,7 @@ class Demo:
         files = self._folder / "files"
         (files / "etc").mkdir(parents=True)
         (files / "etc" / "hostname").write_text("demo\n")
-        (files / "notes.txt").write_text("what this VM is for\n" * 1000)
+        (files / "notes.txt").write_bytes(_TEXT * 1000)
         (files / "database.bin").write_bytes(os.urandom(FILLED))
         image = self._folder / "disk.img"
         with image.open("wb") as file:
@@ -289,6 +306,73 @@ class Demo:
             "recordToXapi": {vm: "pool"},
             "streamLogs": True,
         }
+
+    def _mirror_job(self) -> dict[str, Any]:
+        return {
+            "job": {
+                "id": "d3a0d3a0-0000-4000-8000-000000000002",
+                "name": "demo mirror",
+                "type": "mirrorBackup",
+                "mode": "full",
+                "sourceRemote": "demo",
+                "remotes": {"id": "mirror"},
+                "settings": {"demo-schedule": {"exportRetention": 3}},
+            },
+            "schedule": {"id": "demo-schedule"},
+            "remotes": {"demo": self._remote_spec(), "mirror": self._mirror_spec()},
+            "xapis": {},
+            "recordToXapi": {},
+            "streamLogs": True,
+        }
+
+    def _mirror_spec(self) -> dict[str, str]:
+        key = quote(json.dumps(self._key))
+        url = f"file://{self._folder / 'mirror'}?encryptionKey={key}"
+        return {"id": "mirror", "name": "mirror", "url": url}
+
+    def _check_mirror(self, client: Client) -> None:
+        listed = client.scalar("backup.listVmBackups", {"remotes": {"mirror": self._mirror_spec()}})
+        found = [backup for of_vm in listed["mirror"].values() for backup in of_vm]
+        self._check(len(found) == 1, "the mirror lists the backup")
+        for folder, holds in ((self._remote, True), (self._folder / "mirror", False)):
+            files = [path for path in folder.rglob("*.xva") if path.is_file()]
+            readable = any(_TEXT in path.read_bytes() for path in files)
+            claim = "can" if holds else "cannot"
+            self._check(
+                bool(files) and readable == holds,
+                f"a text of the VM {claim} be read in the archive below {folder.name}",
+            )
+
+    def _replication_job(self, described: Described, vm: str) -> dict[str, Any]:
+        sr = described.srs[1]
+        levels = {"copyRetention": 2, "healthCheckSr": sr}
+        return {
+            "job": {
+                "id": "d3a0d3a0-0000-4000-8000-000000000003",
+                "name": "demo replication",
+                "type": "backup",
+                "mode": "delta",
+                "vms": {"id": vm},
+                "srs": {"id": sr},
+                "settings": {"demo-schedule": levels},
+            },
+            "schedule": {"id": "demo-schedule", "name": "demo"},
+            "remotes": {},
+            "xapis": {"pool": self._xapi(described)},
+            "recordToXapi": {vm: "pool", sr: "pool"},
+            "streamLogs": True,
+        }
+
+    def _only_replica(self, pool: Pool) -> str:
+        """The uuid of the VM that follows its source; whatever else was made for it is gone."""
+        records = cast("Records", pool.ask("VM.get_all_records")).values()
+        followers = [
+            each["uuid"]
+            for each in records
+            if not each["is_a_snapshot"] and "Continuous Replication" in each["tags"]
+        ]
+        self._check(len(followers) == 1, "one replica is on the pool, and its test VM is gone")
+        return str(followers[0])
 
     def _backup(
         self, client: Client, job: dict[str, Any], *, cancel_at: int | None = None
@@ -374,12 +458,12 @@ class Demo:
         with image.open("rb") as original:
             for chunk in pool.read_disk(pool.first_disk(vm)):
                 if original.read(len(chunk)) != chunk:
-                    raise Failure(f"the restored disk differs near byte {position}")
+                    raise Failure(f"its disk differs from the original near byte {position}")
                 position += len(chunk)
             rest = original.read(1)
         self._check(
             position == DISK and not rest,
-            f"the restored disk equals the original, all {position} bytes",
+            f"its disk equals the original, all {position} bytes",
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from proxy.disks.disk import Blocks
 from proxy.disks.merge_blocks import become, block_missing
-from proxy.disks.vhd_directory import VhdDirectory
+from proxy.disks.vhd_directory import BlockFiles, VhdDirectory
 from proxy.errors import NotFound
 from proxy.formats import vhd_directory
 from proxy.remotes import paths
@@ -88,12 +88,10 @@ class DirectoryTarget:
 
     async def _copy(self, moving: Moving, indexes: Sequence[int]) -> None:
         async with self._remote.batch() as batch:
+            files = BlockFiles(self._remote, batch, self._disk.compression)
 
             async def store(index: int, stored: memoryview) -> None:
-                data = await in_thread(
-                    Work.CPU, vhd_directory.compress_block, self._disk.compression, stored
-                )
-                await batch.write(_block_of(self._disk, index), data)
+                await files.write(self._disk.path, index, stored)
 
             await moving.copy(indexes, store)
             await batch.commit()

@@ -21,6 +21,8 @@ from proxy.errors import Conflict, Corrupt, NotFound, ProxyError
 from proxy.formats import vhd, vhd_directory
 from proxy.formats.vhd_directory import Compression
 from proxy.remotes import paths
+from proxy.remotes.encryption import sealer_of
+from proxy.remotes.wrapper import may_write_later
 from proxy.runtime.background import background
 from proxy.runtime.deadlines import undo_within
 from proxy.runtime.threads import Work, in_thread
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from proxy.disks.disk import Block
     from proxy.disks.writing import DiskWriter, Shape
     from proxy.formats.vhd import Footer, Header
+    from proxy.remotes.encrypting import Sealer
     from proxy.remotes.interface import Batch, Remote
 
 _CONCURRENCY: Final = 4
@@ -207,6 +210,34 @@ async def create_vhd_directory(
             await _undo(remote, alias_path, directory, named=writer.naming)
 
 
+class BlockFiles:
+    """Writes blocks by a batch of ``remote``: compressed, and encrypted where that is done, by one
+    thread, which has them in its cache then.  For concurrent use."""
+
+    def __init__(self, remote: Remote, batch: Batch, compression: Compression) -> None:
+        self._batch = batch
+        self._compression = compression
+        self._sealer = sealer_of(remote, vhd_directory.LONGEST_BLOCK)
+        self._copies = may_write_later(remote)
+
+    async def write(self, directory: str, index: int, stored: memoryview) -> None:
+        """The block ``index`` of the disk in ``directory``."""
+        path = paths.join(directory, vhd_directory.block_path(index))
+        if self._sealer is None:
+            await self._batch.write(path, await in_thread(Work.CPU, self._compress, stored))
+        else:
+            sealed = await in_thread(Work.CPU, self._seal, self._sealer, stored)
+            await self._batch.write(path, sealed)
+            self._sealer.give_back(sealed)
+
+    def _compress(self, stored: memoryview) -> bytes | memoryview:
+        data = vhd_directory.compress_block(self._compression, stored)
+        return bytes(data) if data is stored and self._copies else data
+
+    def _seal(self, sealer: Sealer, stored: memoryview) -> memoryview:
+        return sealer.seal(vhd_directory.block_pieces(self._compression, stored))
+
+
 class _Writer:
     """See :class:`proxy.disks.writing.DiskWriter`.  One task calls it."""
 
@@ -228,7 +259,7 @@ class _Writer:
         self._alias = alias_path
         self._directory = data_path(alias_path)
         self._chunks = chunks
-        self._compression = compression
+        self._blocks = BlockFiles(remote, batch, compression)
         self._missing = bytearray(flags)
         self._send, self._receive = trio.open_memory_channel["Block"](math.inf)
         self._under_way = 0
@@ -266,11 +297,7 @@ class _Writer:
                     self._drained.set()
 
     async def _store(self, block: Block) -> None:
-        data = await in_thread(
-            Work.CPU, vhd_directory.compress_block, self._compression, block.stored
-        )
-        path = paths.join(self._directory, vhd_directory.block_path(block.index))
-        await self._batch.write(path, data)
+        await self._blocks.write(self._directory, block.index, block.stored)
 
     async def commit(self) -> None:
         """``Corrupt`` when announced blocks did not come: the disk would have holes."""

@@ -31,6 +31,8 @@ from cryptography.hazmat.primitives.poly1305 import Poly1305
 from proxy.errors import Corrupt, Refused
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cryptography.hazmat.primitives.ciphers import (
         AEADDecryptionContext,
         AEADEncryptionContext,
@@ -117,14 +119,26 @@ class FileCipher:
 
     def encrypt(self, data: bytes | memoryview) -> memoryview:
         """A whole file as stored.  Blocking: 1 to 2 ms for 2 MiB."""
+        stored = memoryview(bytearray(len(data) + MOST_OVERHEAD))
+        return stored[: self.encrypt_into((data,), stored)]
+
+    def encrypt_into(
+        self, pieces: Sequence[bytes | memoryview], stored: bytearray | memoryview
+    ) -> int:
+        """Write the whole file whose content is ``pieces`` into ``stored``; how many bytes it has.
+
+        There must be room for :data:`MOST_OVERHEAD` more than the content.  Blocking, as
+        :meth:`encrypt`.
+        """
         encryption = self.encryption()
-        start = len(encryption.head)
-        stored = memoryview(bytearray(start + len(data) + MOST_OVERHEAD))
-        stored[:start] = encryption.head
-        end = start + encryption.update_into(data, stored[start:])
+        into = memoryview(stored)
+        end = len(encryption.head)
+        into[:end] = encryption.head
+        for piece in pieces:
+            end += encryption.update_into(piece, into[end:])
         tail = encryption.finish()
-        stored[end : end + len(tail)] = tail
-        return stored[: end + len(tail)]
+        into[end : end + len(tail)] = tail
+        return end + len(tail)
 
     def decrypt(self, stored: bytes | memoryview) -> bytes:
         """The content of a whole file; ``Corrupt``.  Blocking, as :meth:`encrypt`."""

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import zlib
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import brotli
 import msgspec
 
 from proxy.errors import Corrupt, Refused
 from proxy.formats.vhd import BLOCK_SIZE, FULL_BITMAP, STORED_BLOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FILTERS, HEADER, FOOTER, TABLE, BLOCKS = "chunk-filters.json", "header", "footer", "bat", "blocks"
 SMALL_CHUNK: Final = 65536
@@ -118,15 +121,21 @@ def compress_block(compression: Compression, stored: memoryview) -> bytes | memo
 
     Without compression the answer is ``stored`` itself.
     """
+    pieces = block_pieces(compression, stored)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def block_pieces(compression: Compression, stored: memoryview) -> Sequence[bytes | memoryview]:
+    """As :func:`compress_block`, in pieces, for those who copy them anyway."""
     if compression is Compression.NONE:
-        return stored
+        return (stored,)
     if _ZEROS.startswith(stored):  # a comparison at the speed of memory
-        return _ZEROS_COMPRESSED[compression]
+        return (_ZEROS_COMPRESSED[compression],)
     if compression is Compression.BROTLI:
         if _is_incompressible(stored):
-            return b"".join((_AS_IT_IS, stored, _BROTLI_END))
-        return brotli.compress(stored, quality=0, lgwin=_BLOCK_WINDOW)
-    return zlib.compress(stored, 1, wbits=31)
+            return (_AS_IT_IS, stored, _BROTLI_END)
+        return (brotli.compress(stored, quality=0, lgwin=_BLOCK_WINDOW),)
+    return (zlib.compress(stored, 1, wbits=31),)
 
 
 def _is_incompressible(stored: memoryview) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 from proxy.errors import Canceled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from proxy.tasks import Task
 
@@ -22,15 +22,16 @@ async def try_targets(
     tries: int,
     has: Callable[[str], bool],
     message: str,
+    export_ids: Callable[[str], Collection[str]] = lambda target: (target,),
 ) -> None:
     """Make up to ``tries`` attempts at the targets ``wanted``, each at those that are missing.
 
     ``attempt`` gets its number, from 1, and the targets; it returns the ids of those that failed
     and are worth another attempt, or raises when nothing came of it.  ``has`` says whether a
     target has its backup from the present attempt.  Each new attempt is a retry in the log of
-    ``task``, with ``message``; what it says of targets that are not tried again goes on to count.
-    Raises what the last attempt raised; targets that failed beside
-    others that did not speak for themselves in the log.
+    ``task``, with ``message``; what it says of targets that are not tried again, whose tasks have
+    the ids that ``export_ids`` tells, goes on to count.  Raises what the last attempt raised;
+    targets that failed beside others that did not speak for themselves in the log.
     """
     missing = dict(wanted)
     for number in range(1, tries + 1):
@@ -49,6 +50,6 @@ async def try_targets(
                 raise error
             return
         reason = str(error) if error is not None else f"{len(failed)} targets failed"
-        kept = wanted.keys() - set(failed)
+        kept = {each for key in wanted.keys() - set(failed) for each in export_ids(key)}
         task.retry(message, {"attempt": number, "error": reason}, kept=kept)
         missing = {one: missing[one] for one in failed}

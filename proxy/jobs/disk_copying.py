@@ -14,7 +14,7 @@ from proxy.runtime.background import background
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from proxy.disks.disk import Disk
     from proxy.disks.writing import DiskWriter
@@ -55,17 +55,28 @@ class DiskConsumer(Lane[Block]):
 class DiskFanOut:
     """Reads ``disk`` once.  Consumers are made before :meth:`run`.
 
-    ``capacity`` is the number of buffers of the pool that it will run with.
+    ``capacity`` is the number of buffers of the pool that it will run with.  ``confirm`` is asked
+    after the last block, before any consumer hears of the end: what it raises is the disk's error.
+    It gets the checksums of all blocks, ``None`` when there are too many.
     """
 
-    def __init__(self, disk: Disk, capacity: int, rate: RateLimit | None) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        capacity: int,
+        rate: RateLimit | None,
+        confirm: Callable[[BlockSums | None], Awaitable[None]] | None = None,
+    ) -> None:
         self.disk = disk
         self.waited_source = 0.0
         self.waited_rate = 0.0
+        self.when_cancelled: Exception = NoConsumers()
+        """What consumers hear of a reading that is cancelled, as by the failure of another disk."""
         self.sums = BlockSums(disk.blocks.count) if disk.blocks.count <= MOST_BLOCKS else None
         """Of the blocks that have passed."""
         self._capacity = capacity
         self._rate = rate
+        self._confirm = confirm
         self._hasher = None if self.sums is None else _Hasher(self.sums, capacity)
         self._made: list[DiskConsumer] = []
         self._consumers: list[DiskConsumer] = []
@@ -87,7 +98,8 @@ class DiskFanOut:
         An error of the source reaches every consumer and is raised; so is ``NoConsumers`` when
         the last of them left.
         """
-        failure: Exception | None = NoConsumers()  # also what a cancel leaves
+        failure: Exception | None = None
+        complete = False
         try:
             async with background() as nursery:
                 if self._hasher is not None:
@@ -95,7 +107,9 @@ class DiskFanOut:
                 await self._pump(pool)
                 if self._hasher is not None:
                     await self._hasher.finish()
-            failure = None
+            if self._confirm is not None:
+                await self._confirm(self.sums)
+            complete = True
         except Exception as error:
             failure = error
             raise
@@ -103,7 +117,7 @@ class DiskFanOut:
             if self._hasher is not None:
                 self._hasher.leave()
             for consumer in self._made:
-                consumer.end(failure)
+                consumer.end(None if complete else failure or self.when_cancelled)
 
     async def _pump(self, pool: BufferPool) -> None:
         async with self.disk.read(pool) as reader:

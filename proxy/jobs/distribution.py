@@ -46,6 +46,10 @@ class DistributedDestination:
     def properties(self) -> Mapping[str, Any]:
         return {**self._members[0].properties, "id": self.id}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return [each for member in self._members for each in member.export_ids]
+
     def retention(self, settings: Settings) -> float:
         return self._members[0].retention(settings)
 
@@ -127,6 +131,10 @@ class DistributedTarget:
     @property
     def encodes(self) -> bool:
         return self._chosen.encodes
+
+    @property
+    def stores_md5(self) -> bool:
+        return self._chosen.stores_md5
 
     async def space(self) -> int | None:
         return await self._chosen.space()

@@ -143,7 +143,7 @@ async def _export(
     errors: dict[str, Exception] = {}
     broken: Exception | None = None
     async with xapi.export_vm(ref, compression=compression) as download:
-        check = Check(Validator())
+        check = Check(Validator(), md5=any(target.stores_md5 for target in targets))
         fan_out = FanOut(download, BufferPool(_BUFFERS), check, backup.rate)
         copy = FullCopy(
             vm_uuid=backup.uuid,

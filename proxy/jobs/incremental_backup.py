@@ -340,6 +340,8 @@ class _Attempt:
                     await self._read_disk(copy, pool, disk, choices.get(disk.source_uuid))
             except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
                 failures.append(error)
+                for fan_out in self._fan_outs:  # of this disk and of those that end with it
+                    fan_out.when_cancelled = failures[0]
                 nursery.cancel_scope.cancel("a disk cannot be read")
 
         async with trio.open_nursery() as nursery:

@@ -48,6 +48,10 @@ class RemoteDestination:
     def properties(self) -> Mapping[str, Any]:
         return {"id": self.id, "type": "remote"}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return (self.id,)
+
     def retention(self, settings: Settings) -> float:
         return settings.export_retention
 
@@ -102,6 +106,7 @@ class RemoteTarget:
         self.lock = lock
         self.neighbours: list[RemoteTarget] = []
         """On which retention counts too."""
+        """There it would be of other bytes than the stored ones, whose tag says more."""
         self._remote_id = target_id
         self.vm_uuid = vm_uuid
         self._job_id = job_id
@@ -113,6 +118,10 @@ class RemoteTarget:
     @property
     def encodes(self) -> bool:
         return self.remote.use_vhd_directory
+
+    @property
+    def stores_md5(self) -> bool:
+        return not self.remote.is_encrypted
 
     async def space(self) -> int | None:
         return (await self.remote.info()).available
@@ -192,7 +201,7 @@ class RemoteTarget:
                     "vmSnapshot": copy.exported,
                     "tags": tags,
                 },
-                copy.digest(),
+                copy.digest() if self.stores_md5 else b"",
             )
         self.stored = backup.id
         copy.stored.add(self.id)

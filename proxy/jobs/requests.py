@@ -76,7 +76,8 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
         raise Refused(f"Job mode {mode} not implemented", code="ENOTSUP")
     schedule_id = str(request.schedule.get("id", ""))
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
-    remote_ids, sr_ids = ids_of(job.get("remotes")), ids_of(job.get("srs"))
+    remote_ids = ids_of(job.get("remotes"))
+    sr_ids = ids_of(job.get("srs"))
     levels.refuse_wrong([*remote_ids, *sr_ids])
     compression = job.get("compression") or ""
     return VmJob(

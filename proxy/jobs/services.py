@@ -14,6 +14,8 @@ from proxy.jobs.incremental_restore import restore_incremental
 from proxy.jobs.metadata_job import understand_metadata
 from proxy.jobs.metadata_restore import read_configuration, restore_pool
 from proxy.jobs.metadata_run import run_metadata_job
+from proxy.jobs.mirror.mirror_job import understand_mirror
+from proxy.jobs.mirror.mirror_run import run_mirror_job
 from proxy.jobs.requests import BackupRequest, RestoreRequest, understand
 from proxy.jobs.restore import restore_full
 from proxy.jobs.sharing import Shared
@@ -22,6 +24,7 @@ from proxy.jobs.traffic import Traffic, told
 from proxy.jobs.verify_run import VerifyRun
 from proxy.jobs.vm_run import run_vm_job
 from proxy.remotes.factory import RemoteOptions, opened_remote, refuse_missing
+from proxy.remotes.unlocking import look, settle
 from proxy.repository import backup_path, read_backup, read_metadata_backup, vm_directory
 from proxy.repository.damage import DamageNotes
 from proxy.repository.metadata_backup_paths import is_pool_backup, metadata_backup_path
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from proxy.config import Config
     from proxy.jobs.metadata_job import MetadataJob
     from proxy.jobs.metadata_restore import MetadataRestoreRequest
+    from proxy.jobs.mirror.mirror_job import MirrorJob
     from proxy.jobs.requests import VmJob
     from proxy.jobs.verify_run import VerifyRequest
     from proxy.remotes import Remote
@@ -85,8 +89,8 @@ class Services:
     ) -> AsyncIterator[Remote]:
         """An open remote for the block; shared with whoever gives the same record.
 
-        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so: who only
-        looks makes nothing.
+        Unless ``create``, a directory that does not exist is ``NotFound`` and stays so, and an
+        empty remote is not set up for its encryption key: who only looks makes nothing.
         """
         config = self.config
         options = RemoteOptions(
@@ -97,12 +101,14 @@ class Services:
             use_sudo=config.remote_options.use_sudo,
             operation_seconds=config.remote_options.timeout,
             parallel_operations=config.remote_options.max_parallel_operations,
+            set_up=False,
         )
         if not create:
             await refuse_missing(spec, options=options)
         async with self._remotes.use(
             _key(spec, options), lambda: self.traffic.counted(spec, opened_remote, options)
         ) as remote:
+            await (settle(remote) if create else look(remote))
             yield remote
 
     def xapi(self, spec: Mapping[str, Any]) -> AbstractAsyncContextManager[Xapi]:
@@ -154,7 +160,7 @@ class Services:
 
     def _runner(
         self, request: BackupRequest
-    ) -> tuple[VmJob | MetadataJob, Callable[[Task], Awaitable[None]]]:
+    ) -> tuple[VmJob | MetadataJob | MirrorJob, Callable[[Task], Awaitable[None]]]:
         """The job as understood, and the work of its root task."""
         backups = self.config.backups
         if request.job.get("type") == "metadataBackup":
@@ -162,7 +168,11 @@ class Services:
                 request, backups.default_settings, backups.metadata.default_settings
             )
             return metadata_job, lambda root: run_metadata_job(self, metadata_job, root)
-        job = understand(request, [backups.default_settings, backups.vm.default_settings])
+        defaults = [backups.default_settings, backups.vm.default_settings]
+        if request.job.get("type") == "mirrorBackup":
+            mirror_job = understand_mirror(request, defaults)
+            return mirror_job, lambda root: run_mirror_job(self, mirror_job, root)
+        job = understand(request, defaults)
         return job, lambda root: run_vm_job(self, job, root)
 
     async def start_restore(self, request: RestoreRequest) -> Task:
@@ -232,7 +242,7 @@ class Services:
                 pass
 
         async def work(root: Task) -> Any:
-            async with self.remote(request.remote) as remote:
+            async with self.remote(request.remote, create=False) as remote:
                 if not of_pool or spec is None:
                     root.handed_out = await read_configuration(remote, path, metadata)
                     return None

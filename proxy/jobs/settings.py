@@ -101,8 +101,6 @@ WITHOUT_EFFECT = {
 }
 """Keys that Xen Orchestra knows and nobody reads: told once, with the reason."""
 
-IGNORED = REPORT_KEYS
-
 KNOWN = frozenset(field.encode_name for field in msgspec.structs.fields(Settings))
 
 
@@ -165,7 +163,7 @@ class SettingLevels:
         """A sentence for each key that means nothing to any run, to be told once."""
         found: set[str] = set()
         for level in (*self._base, *self._job.values()):
-            found.update(set(_level(level, "the job")) - KNOWN - IGNORED)
+            found.update(set(_level(level, "the job")) - KNOWN - REPORT_KEYS)
         return [
             f"the setting '{key}' has no effect: {WITHOUT_EFFECT[key]}"
             if key in WITHOUT_EFFECT

@@ -39,6 +39,11 @@ class Destination(Protocol):
         """Of the ``export`` tasks: what the log says of it."""
         ...
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        """The ids that its ``export`` tasks can have."""
+        ...
+
     def retention(self, settings: Settings) -> float:
         """How many backups are to be kept here; 0: none are made."""
         ...
@@ -65,6 +70,11 @@ class Target(Protocol):
     @property
     def encodes(self) -> bool:
         """Whether what it stores is compressed here: then a slow target may be a slow CPU."""
+        ...
+
+    @property
+    def stores_md5(self) -> bool:
+        """Whether a full backup here asks for the MD5 of its stream."""
         ...
 
     async def space(self) -> int | None:
@@ -151,7 +161,8 @@ class FullCopy:
     stored: set[str]
     """Receives the id of each target that has its backup, even if its task fails later."""
     digest: Callable[[], bytes]
-    """MD5 of the whole stream, once it has ended."""
+    """MD5 of the whole stream, once it has ended; for targets of which ``stores_md5`` says
+    that they ask."""
     bottleneck: Callable[[], str]
 
 

@@ -57,6 +57,7 @@ class TrialVm:
             await xapi.call("VM.set_ha_always_run", vm_ref, False)
         if vm.get("ha_restart_priority"):
             await xapi.call("VM.set_ha_restart_priority", vm_ref, "")
+        await ownership.forget_interventions(xapi, vm_ref)
         await ownership.mark_trial(xapi, vm_ref, self.marks)
         blocked: Mapping[str, str] = vm.get("blocked_operations") or {}
         freed = {operation: None for operation in _BLOCKED_FOR_USERS if operation in blocked}

@@ -62,6 +62,11 @@ class VmBackup:
         return str(self.vm["uuid"])
 
     @property
+    def marks(self) -> dict[str, str]:
+        """On what is unfinished on a pool."""
+        return ownership.Owner(self.installation, self.run_id).marks
+
+    @property
     def tags(self) -> Sequence[str]:
         return self.vm.get("tags") or ()
 
@@ -111,7 +116,6 @@ async def snapshot(
     ``newer_than`` (a sortable time of an earlier one): the keys know only whole seconds.
     """
     xapi = backup.xapi
-    marks = {ownership.PROXY: backup.installation, ownership.RUN: backup.run_id}
     async with contextlib.AsyncExitStack() as stack:
         async with task.child("snapshot") as child:
             ref = await take_snapshot(
@@ -119,7 +123,7 @@ async def snapshot(
                 backup.vm_ref,
                 checkpoint=backup.settings.checkpoint_snapshot,
                 bypass_chain_check=backup.settings.bypass_vdi_chains_check,
-                marks=marks,
+                marks=backup.marks,
             )
             await stack.enter_async_context(_destroyed_on_failure(xapi, ref, keep))
             await ownership.set_keys(

@@ -170,6 +170,7 @@ class _VmRun:
             tries=max(0, settings.n_retries_vm_backup_failures) + 1,
             has=lambda target: target in backup.stored,
             message="Retry the VM backup due to an error",
+            export_ids=lambda target: self._destinations[target].export_ids,
         )
         if stored and is_filtered(settings, backup.tags):
             await tell_filtered(task)

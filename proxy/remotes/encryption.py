@@ -34,11 +34,12 @@ import trio
 from proxy.errors import Corrupt, NotFound, ProxyError, Refused
 from proxy.formats.encrypted import MOST_OVERHEAD, TAG_SIZE, Decryption, FileCipher
 from proxy.remotes import paths
-from proxy.remotes.wrapper import Wrapper
-from proxy.runtime.threads import Work, in_thread
+from proxy.remotes.encrypting import UNIT, EncryptedWriter, Sealer, naming, run, sealed_by
+from proxy.remotes.wrapper import Wrapper, may_write_later
+from proxy.runtime.background import background
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.formats.encrypted import Algorithm
@@ -55,11 +56,7 @@ T = TypeVar("T")
 
 DESCRIPTION: Final = "encryption.json"
 PROBE: Final = "metadata.json"
-UNIT: Final = 2 * 1024 * 1024
-"""Bytes that are encrypted or decrypted at once."""
 _INTERRUPTED: Final = "reading it was interrupted"
-_INLINE: Final = 64 * 1024
-"""Bytes up to which a thread would cost more than the cipher: at most 60 µs."""
 
 
 def is_plain(path: str) -> bool:
@@ -75,6 +72,16 @@ def is_plain(path: str) -> bool:
     )
 
 
+def sealer_of(remote: Remote, size: int) -> Sealer | None:
+    """What encrypts contents of up to ``size`` bytes for ``remote``, whatever is around it, before
+    its batch gets them; ``None``: it is not encrypted."""
+    while isinstance(remote, Wrapper):
+        if isinstance(remote, Encrypted):
+            return Sealer(remote.cipher, size, reuses=not may_write_later(remote))
+        remote = remote.inner
+    return None
+
+
 def algorithm_of(remote: Remote) -> Algorithm | None:
     """By which ``remote`` is encrypted, whatever is around it; ``None``: it is not."""
     while isinstance(remote, Wrapper):
@@ -82,25 +89,6 @@ def algorithm_of(remote: Remote) -> Algorithm | None:
             return remote.cipher.algorithm
         remote = remote.inner
     return None
-
-
-async def _run(size: int, function: Callable[..., T], *args: object) -> T:
-    """``function(*args)``, in a thread when it has ``size`` bytes worth it."""
-    if size <= _INLINE:
-        await trio.lowlevel.checkpoint()
-        return function(*args)
-    return await in_thread(Work.CPU, function, *args)
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Say of which file the cipher complains."""
-    try:
-        yield
-    except (Corrupt, Refused) as error:
-        kind = type(error)
-        data = {**error.data, "path": path}
-        raise kind(f"'{path}': {error.message}", code=error.code, data=data) from error
 
 
 class Encrypted(Wrapper):
@@ -123,14 +111,14 @@ class Encrypted(Wrapper):
         except Corrupt as error:
             stored = error
         size = len(stored) if isinstance(stored, bytes) else 0
-        return await _run(size, self._decrypt_one, path, stored, limit)
+        return await run(size, self._decrypt_one, path, stored, limit)
 
     async def read_files(
         self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
     ) -> Sequence[bytes | ProxyError]:
         stored = await self.inner.read_files(paths, limit=limit + MOST_OVERHEAD)
         size = sum(len(each) for each in stored if isinstance(each, bytes))
-        return await _run(size, self._decrypt_all, paths, stored, limit)
+        return await run(size, self._decrypt_all, paths, stored, limit)
 
     def _decrypt_all(
         self, names: Sequence[str], stored: Sequence[bytes | ProxyError], limit: int
@@ -149,7 +137,7 @@ class Encrypted(Wrapper):
             raise _too_large(path, limit) if is_limit else stored
         content = stored
         if not is_plain(path):
-            with _naming(path):
+            with naming(path):
                 content = self.cipher.decrypt(stored)
         if len(content) > limit:
             raise _too_large(path, limit)
@@ -162,14 +150,20 @@ class Encrypted(Wrapper):
 
     async def encrypted(self, data: bytes | memoryview) -> memoryview:
         """A whole file as stored."""
-        return await _run(len(data), self.cipher.encrypt, data)
+        return await run(len(data), self.cipher.encrypt, data)
 
     # -- streams -------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def _create(self, path: str, *, exclusive: bool) -> AsyncIterator[FileWriter]:
         async with self.inner.create(path, exclusive=exclusive) as file:
-            yield file if is_plain(path) else _Writer(file, path, self.cipher)
+            if is_plain(path):
+                yield file
+                return
+            writer = EncryptedWriter(file, path, self.cipher)
+            async with background() as nursery:
+                nursery.start_soon(writer.work)
+                yield writer
 
     @contextlib.asynccontextmanager
     async def _open_read(self, path: str) -> AsyncIterator[FileReader]:
@@ -177,7 +171,7 @@ class Encrypted(Wrapper):
             if is_plain(path):
                 yield file
                 return
-            with _naming(path):
+            with naming(path):
                 size = self.cipher.plain_size(file.size)
                 if not self.cipher.algorithm.is_authenticated:
                     size += 1 - await self._padding(file)
@@ -240,57 +234,15 @@ class _Batch:
         self._inner = inner
 
     async def write(self, path: str, data: bytes | memoryview) -> None:
-        await self._inner.write(path, data if is_plain(path) else await self._owner.encrypted(data))
+        if (sealed := sealed_by(data)) is not None:
+            assert sealed is self._owner.cipher, "of another remote"
+            assert not is_plain(path), "read by who has no key"
+        elif not is_plain(path):
+            data = await self._owner.encrypted(data)
+        await self._inner.write(path, data)
 
     async def commit(self) -> None:
         await self._inner.commit()
-
-
-class _Writer:
-    """Encrypts into one buffer, from which the storage writes."""
-
-    def __init__(self, inner: FileWriter, path: str, cipher: FileCipher) -> None:
-        self.temporary_path = inner.temporary_path
-        self._inner = inner
-        self._path = path
-        self._encryption = cipher.encryption()
-        self._head = self._encryption.head
-        self._buffer = memoryview(b"")
-        self._is_whole = True
-
-    async def write(self, data: bytes | memoryview) -> None:
-        self._begin()
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), UNIT):
-            unit = view[start : start + UNIT]
-            with _naming(self._path):
-                count = await _run(len(unit), self._encrypt, unit)
-            await self._inner.write(self._buffer[:count])
-        self._is_whole = True
-
-    def _encrypt(self, data: memoryview) -> int:
-        if not self._buffer:
-            self._buffer = memoryview(bytearray(len(self._head) + UNIT + MOST_OVERHEAD))
-        start = len(self._head)
-        self._buffer[:start] = self._head
-        self._head = b""
-        return start + self._encryption.update_into(data, self._buffer[start:])
-
-    async def commit(self) -> None:
-        self._begin()
-        await self._inner.write(self._head + self._encryption.finish())
-        await self._inner.commit()
-
-    def _begin(self) -> None:
-        """What failed or was cancelled half-way leaves a hole: there is no way on from there."""
-        if not self._is_whole:
-            raise Refused(
-                f"'{self._path}' cannot be completed: writing to it failed before, or it is"
-                " complete already",
-                code="EBADF",
-                data={"path": self._path},
-            )
-        self._is_whole = False
 
 
 class _SequentialReader:
@@ -374,12 +326,12 @@ class _Reader(_SequentialReader):
         if self._position + len(piece) < self.size:
             await self._fill(piece)
             with self._advancing():
-                await _run(len(piece), decryption.update_in_place, piece)
+                await run(len(piece), decryption.update_in_place, piece)
         elif not self._is_authentic:
             last = memoryview(bytearray(len(piece) + TAG_SIZE))
             await self._fill(last)
             with self._advancing():
-                await _run(len(piece), self._finish, decryption, last)
+                await run(len(piece), self._finish, decryption, last)
             piece[:] = last[: len(piece)]
             self._is_authentic = True
         self._position += len(piece)
@@ -405,7 +357,7 @@ class _PaddedReader(_SequentialReader):
             unit = memoryview(bytearray(min(self._left, UNIT)))
             await self._fill(unit)
             with self._advancing():
-                self._ready += await _run(len(unit), decryption.update, unit)
+                self._ready += await run(len(unit), decryption.update, unit)
                 self._left -= len(unit)
                 if self._left == 0:
                     self._ready += decryption.finish(b"")

@@ -57,6 +57,9 @@ class RemoteOptions:
     """How long one operation may be silent; 0: for ever."""
     parallel_operations: int = 16
     """How many operations run at once on one remote."""
+    set_up: bool = True
+    """Set an empty remote up for its encryption key; else
+    :func:`proxy.remotes.unlocking.settle` does."""
 
 
 async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Remote:
@@ -67,7 +70,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     nothing stays open.
 
     An encrypted one is opened by its ``encryptionKey`` (:func:`proxy.remotes.unlocking.unlocked`
-    says what it raises), and an empty one is set up for it.
+    says what it raises), and an empty one is set up for it if ``options.set_up``.
 
     Raises ``Refused``: ``EINVAL`` for a malformed URL, ``ENOTSUP`` for a kind of remote or an
     option that is not built in, ``EPERM`` for a ``file`` remote where they are disabled; and
@@ -85,7 +88,7 @@ async def open_remote(spec: Mapping[str, Any], *, options: RemoteOptions) -> Rem
     key = key_of(merged)
     storage = await _open_storage(parsed, merged, options)
     try:
-        return await unlocked(storage, key)
+        return await unlocked(storage, key, set_up=options.set_up)
     except BaseException:
         with undo_within("closing the remote", _CLOSE_SECONDS):
             await storage.aclose()

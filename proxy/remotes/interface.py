@@ -81,7 +81,10 @@ class FileWriter(Protocol):
     """
 
     async def write(self, data: bytes | memoryview) -> None:
-        """Append.  The buffer may be reused when this returns.  Not for concurrent use."""
+        """Append.  The buffer may be reused when this returns.  Not for concurrent use.
+
+        What went wrong with it may be raised by a later call only, :meth:`commit` at the latest.
+        """
         ...
 
     async def commit(self) -> None:

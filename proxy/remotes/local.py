@@ -70,6 +70,8 @@ class LocalRemote(TreeRemote):
         self._root = root
         self._threads = threads
         self.bounds_itself = threads.abandons
+        self.may_write_later = threads.abandons
+        """See :func:`proxy.remotes.wrapper.may_write_later`."""
 
     @classmethod
     async def open(

@@ -355,6 +355,7 @@ async def _unmount(
     Raises when ``umount`` fails for another reason, or hangs.
     """
     if await _seen_at(directory) is None:
+        await in_thread(Work.DISK, _remove_directory, directory)  # where nothing came to be mounted
         return True
     answer = await run_helper(
         unmount(directory, sudo=options.sudo, lazy=lazy),
@@ -403,6 +404,8 @@ def _make_directory(directory: str) -> None:
 def _remove_directory(directory: str) -> None:
     try:
         Path(directory).rmdir()
+    except FileNotFoundError:
+        return
     except OSError as error:  # not empty, or mounted again by another daemon
         _log.debug("a mount directory stays", directory=directory, error=str(error))
 

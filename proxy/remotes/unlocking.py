@@ -14,12 +14,18 @@ The table of Xen Orchestra's outcomes is kept where it protects data.  Otherwise
 - a remote is *empty* only when its listing succeeded, agrees with what was just read, and when
   the folders of backups, each asked by name, are not there either;
 - files that are replaced on an empty remote stay beside it under hidden names: if that was not
-  the remote, or somebody was still writing with the former key, they bring it back.
+  the remote, or somebody was still writing with the former key, they bring it back;
+- who only looks writes nothing: what one opening serves both, those who look and those who write
+  (``set_up=False``), lets the latter call :func:`settle`.  Until then a remote that is empty and
+  nobody's is what it is; one that is empty but set up for another key is that error.
 
 A crash between the two writes: ``metadata.json`` is first, and alone it says "the default
-algorithm, this key", to Xen Orchestra too; the next opening writes the other one.  Two who set a
-remote up at once with one key: the second finds its name taken and uses what is there.  With two
-keys: one of them is refused, because what was written is read back before it is believed.
+algorithm, this key", to Xen Orchestra too; the next opening that may write writes the other one.
+A file of the two that was cut while it was written, as Xen Orchestra writes them and we do on an
+immutable remote, is written again: the description when the key opens ``metadata.json``, and
+``metadata.json`` while the remote is empty.  Two who set a remote up at once with one key: the
+second finds its name taken and uses what is there.  With two keys: one of them is refused, because
+what was written is read back before it is believed.
 """
 
 from __future__ import annotations
@@ -27,19 +33,23 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import structlog
+import trio
 
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused, Unauthorized, Unreachable
 from proxy.formats.encrypted import DEFAULT, Algorithm, FileCipher
 from proxy.remotes.encryption import DESCRIPTION, PROBE, Encrypted
+from proxy.remotes.wrapper import Operation, Wrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from proxy.remotes.interface import Remote
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -48,6 +58,27 @@ _LONGEST: Final = 64 * 1024
 _BACKUPS: Final = ("xo-vm-backups", "xo-config-backups", "xo-pool-metadata-backups")
 _SHOWN: Final = 5
 _UUID_LENGTH: Final = 36
+_CUT: Final = ""
+"""In the place of an algorithm: the description ends in the middle."""
+_SHORTEST_PROBE: Final = 77
+"""Bytes of the shortest ``metadata.json`` that Xen Orchestra or we write."""
+_LOOKS: Final = frozenset(
+    {
+        "aclose",
+        "info",
+        "list",
+        "open_uploads",
+        "protected",
+        "read_file",
+        "read_files",
+        "read.open",
+        "read.read_at",
+        "read.read_into",
+        "read.read_into_at",
+        "stat",
+        "walk",
+    }
+)
 
 
 def key_of(record: Mapping[str, Any]) -> str | None:
@@ -69,31 +100,49 @@ def key_of(record: Mapping[str, Any]) -> str | None:
     return key
 
 
-async def unlocked(remote: Remote, key: str | None) -> Remote:
+async def unlocked(remote: Remote, key: str | None, *, set_up: bool = True) -> Remote:
     """``remote`` itself when it is not encrypted, else around it what decrypts.
 
-    An empty remote is set up for the key.  ``Unauthorized`` (``EAUTH``): a key is missing or
-    wrong.  ``Conflict`` (``ENOTEMPTY``): a key for a remote that holds plain data.  ``Refused``
-    (``BAD_ALGORITHM``): an algorithm that is not known, or no key at all.  ``Corrupt``: a file
-    of the two is damaged.  Any error of the storage is that error.  Nothing was changed then.
+    An empty remote is set up for the key if ``set_up``; else that is left to :func:`settle`, and
+    until then nothing can be written while it is nobody's.  ``Unauthorized`` (``EAUTH``): a key is
+    missing or wrong.  ``Conflict`` (``ENOTEMPTY``): a key for a remote that holds plain data.
+    ``Refused`` (``BAD_ALGORITHM``): an algorithm that is not known, or no key at all.  ``Corrupt``:
+    a file of the two is damaged.  Any error of the storage is that error.  Nothing was changed
+    then.
     """
     roots = await _Roots.read(remote)
     if key is None:
         roots.refuse_without_key()
         return remote
+    if set_up:
+        return Encrypted(remote, await _settled(roots, key))
+    cipher = roots.opened_by(key)
+    if cipher is None:
+        await roots.refuse_unless_empty(key)
+    elif roots.is_described:
+        return Encrypted(remote, _accepted(remote, cipher))
+    return _Unsettled(remote, key, roots, cipher)
+
+
+async def _settled(roots: _Roots, key: str) -> FileCipher:
+    """What decrypts the remote, whose two files are there then."""
     cipher = roots.opened_by(key)
     if cipher is None:
         await roots.refuse_unless_empty(key)
         cipher = await _set_up(roots, key)
-    elif roots.description is None:
+    elif not roots.is_described:
         await _describe_again(roots, cipher)
+    return _accepted(roots.remote, cipher)
+
+
+def _accepted(remote: Remote, cipher: FileCipher) -> FileCipher:
     if not cipher.algorithm.is_authenticated:
         _log.warning(
             "the encryption of this remote does not notice changed files",
             remote=remote.url,
             algorithm=cipher.algorithm.value,
         )
-    return Encrypted(remote, cipher)
+    return cipher
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +153,7 @@ class _Roots:
     description: bytes | None
     probe: bytes | None
     algorithm: str
-    """That the description names; without a description the default."""
+    """That the description names; without a description the default, ``""`` when it is cut."""
 
     @classmethod
     async def read(cls, remote: Remote) -> _Roots:
@@ -124,6 +173,8 @@ class _Roots:
             )
         if self.algorithm == _NONE:
             return
+        if self.algorithm == _CUT:
+            raise _unknown("it was cut while it was written")
         raise Unauthorized(
             f"this remote is encrypted ({self.algorithm[:40]}): set its encryption key. A remote"
             " that is empty and is to be used without encryption must be rid of"
@@ -131,18 +182,61 @@ class _Roots:
             data={"algorithm": self.algorithm[:40]},
         )
 
+    @property
+    def is_described(self) -> bool:
+        return self.description is not None and self.algorithm != _CUT
+
     # -- with a key ----------------------------------------------------------------------------
 
     def opened_by(self, key: str) -> FileCipher | None:
         """What decrypts this remote; ``None`` when it is not set up for this key."""
         if self.algorithm == _NONE:
             return None
+        if self.algorithm == _CUT:
+            for algorithm in self._possible():
+                cipher = FileCipher(algorithm, key)
+                if self.probe is not None and _opens(cipher, self.probe):
+                    return cipher
+            return None
         cipher = FileCipher(_known(self.algorithm), key)
         return cipher if self.probe is not None and _opens(cipher, self.probe) else None
 
+    def _possible(self) -> Iterator[Algorithm]:
+        """Those that the description may have been about to name."""
+        begun = self.description or b""
+        return (each for each in Algorithm if _description(each).startswith(begun))
+
+    def chosen(self) -> Algorithm:
+        """By what it is encrypted when it is set up: the default, as Xen Orchestra has it, unless
+        somebody put another one that authenticates into its description before there was a
+        key."""
+        if self.probe is not None or self.algorithm in (_NONE, _CUT):
+            return DEFAULT
+        named = _known(self.algorithm)
+        return named if named.is_authenticated else DEFAULT
+
+    def is_anothers(self, key: str) -> bool:
+        """Whether an empty remote that ``key`` does not open was set up for something else: not
+        when that was cut before ``metadata.json`` was whole, or, for this key, behind it."""
+        if self.probe is None or len(self.probe) < _SHORTEST_PROBE:
+            return self.algorithm == _NONE
+        return not any(_opens(FileCipher(each, key), self.probe) for each in Algorithm)
+
+    def refuse_anothers(self, key: str) -> None:
+        """Of an empty remote."""
+        if not self.is_anothers(key):
+            return
+        how = "without encryption" if self.algorithm == _NONE else "with another encryption key"
+        raise Unauthorized(
+            f"this remote is empty, but was set up {how}, and the key that was given does not open"
+            " it. Nothing was changed. If the key is right, test the remote or make a backup: that"
+            " sets an empty remote up for it",
+            data={"algorithm": self.algorithm},
+        )
+
     async def refuse_unless_empty(self, key: str) -> None:
         found = await self._others()
-        if not found and not (self.remote.is_immutable and self._has_any):
+        if not found and not (self.remote.is_immutable and self.is_anothers(key)):
             return
         shown = ", ".join(sorted(found)[:_SHOWN])
         data = {"found": sorted(found)[:_SHOWN]}
@@ -154,6 +248,8 @@ class _Roots:
                 code="ENOTEMPTY",
                 data=data,
             )
+        if self.algorithm == _CUT:
+            raise _unknown("it was cut while it was written")
         if self.probe is None:
             raise Conflict(
                 f"Remote directory must be empty. It holds {shown}, and {PROBE}, which tells"
@@ -177,10 +273,6 @@ class _Roots:
             data={"algorithm": self.algorithm},
         )
 
-    @property
-    def _has_any(self) -> bool:
-        return self.description is not None or self.probe is not None
-
     async def _others(self) -> set[str]:
         """What the remote holds besides: names at its root, and folders that its listing hides."""
         names = {entry.name for entry in await self.remote.list("")}
@@ -203,29 +295,98 @@ class _Roots:
         return found
 
 
-async def _set_up(roots: _Roots, key: str) -> FileCipher:
-    """Make the empty remote one for ``key``; what was there stays under hidden names.
+class _Unsettled(Wrapper):
+    """A remote that lacks one of the two files or both, or is empty and another key's; for users of
+    whom some only look.
 
-    The algorithm is the default, as Xen Orchestra's, unless somebody put another one that
-    authenticates into ``encryption.json`` before there was a key.
+    While it is nobody's, it is looked at before each operation whether somebody has set it up
+    meanwhile: from then on it is what that made of it.
     """
-    chosen = DEFAULT
-    if (
-        roots.probe is None
-        and roots.algorithm != _NONE
-        and _known(roots.algorithm).is_authenticated
-    ):
-        chosen = _known(roots.algorithm)
+
+    def __init__(self, storage: Remote, key: str, roots: _Roots, cipher: FileCipher | None) -> None:
+        super().__init__(Encrypted(storage, cipher or FileCipher(roots.chosen(), key)))
+        self._storage = storage
+        self._key = key
+        self._opens = cipher is not None
+        self._settling = trio.Lock()
+        self._is_settled = False
+
+    async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
+        if not self._opens and operation.verb != "aclose":
+            await self.look()
+            if not self._opens:
+                _refuse_change(operation)
+        return await run()
+
+    async def look(self) -> None:
+        """Raise as :func:`unlocked` does, and when it is empty but another key's."""
+        if self._opens:
+            return
+        roots = await _Roots.read(self._storage)
+        cipher = roots.opened_by(self._key)
+        if cipher is not None:
+            self._opened_by(cipher)
+        else:
+            await roots.refuse_unless_empty(self._key)
+            roots.refuse_anothers(self._key)
+
+    async def settle(self) -> None:
+        """Write what is missing.  Several at once are fine."""
+        async with self._settling:
+            if not self._is_settled:
+                roots = await _Roots.read(self._storage)
+                self._opened_by(await _settled(roots, self._key))
+                self._is_settled = True
+
+    def _opened_by(self, cipher: FileCipher) -> None:
+        if not self._opens:
+            self.inner = Encrypted(self._storage, cipher)
+            self._opens = True
+
+
+def _unsettled(remote: Remote) -> _Unsettled | None:
+    while isinstance(remote, Wrapper):
+        if isinstance(remote, _Unsettled):
+            return remote
+        remote = remote.inner
+    return None
+
+
+async def settle(remote: Remote) -> None:
+    """Set up what was opened without: for those who are about to write.  Nothing where it is
+    settled.  Raises what :func:`unlocked` does."""
+    if (found := _unsettled(remote)) is not None:
+        await found.settle()
+
+
+async def look(remote: Remote) -> None:
+    """For those who only look at what was opened without setting up: ``Unauthorized`` when it is
+    empty, but was set up for another key."""
+    if (found := _unsettled(remote)) is not None:
+        await found.look()
+
+
+def _refuse_change(operation: Operation) -> None:
+    why = f"the remote is empty, and not set up for its encryption key yet, {operation.verb}"
+    data = {"path": operation.path}
+    if operation.verb.startswith("lock."):
+        raise NotFound(f"ENOENT: {why} '{operation.path}'", data=data)
+    if operation.verb not in _LOOKS:
+        raise Refused(f"EROFS: {why} '{operation.path}'", code="EROFS", data=data)
+
+
+async def _set_up(roots: _Roots, key: str) -> FileCipher:
+    """Make the empty remote one for ``key``; what was there stays under hidden names."""
+    chosen = roots.chosen()
     cipher = FileCipher(chosen, key)
     remote = roots.remote
     former = {PROBE: roots.probe, DESCRIPTION: roots.description}
     if roots.probe is not None:
         await _keep(remote, former)
     probe = msgspec.json.encode({"random": str(uuid.uuid4())})
-    await _write(remote, PROBE, bytes(cipher.encrypt(probe)), exclusive=roots.probe is None)
+    await _write(remote, PROBE, bytes(cipher.encrypt(probe)), former=roots.probe)
     if roots.description is None or roots.algorithm != chosen:
-        exclusive = roots.description is None
-        await _write(remote, DESCRIPTION, _description(chosen), exclusive=exclusive)
+        await _write(remote, DESCRIPTION, _description(chosen), former=roots.description)
     found = (await _Roots.read(remote)).opened_by(key)
     if found is None:
         raise Unauthorized(
@@ -236,7 +397,10 @@ async def _set_up(roots: _Roots, key: str) -> FileCipher:
     return found
 
 
-async def _write(remote: Remote, name: str, data: bytes, *, exclusive: bool) -> None:
+async def _write(remote: Remote, name: str, data: bytes, *, former: bytes | None) -> None:
+    exclusive = former is None or remote.is_immutable
+    if former is not None and remote.is_immutable:
+        await remote.unlink(name)  # what was cut; where that is protected already, it says so
     try:
         await remote.write_file(name, data, exclusive=exclusive)
     except Conflict as error:
@@ -262,10 +426,10 @@ async def _describe_again(roots: _Roots, cipher: FileCipher) -> None:
     """Without its description, whoever has no key takes the remote for a plain one."""
     description = _description(cipher.algorithm)
     try:
-        await _write(roots.remote, DESCRIPTION, description, exclusive=True)
+        await _write(roots.remote, DESCRIPTION, description, former=roots.description)
     except ProxyError as error:
         _log.warning(
-            f"{DESCRIPTION} is missing and could not be written",
+            f"{DESCRIPTION} is missing or cut and could not be written",
             remote=roots.remote.url,
             error=error.message,
         )
@@ -287,6 +451,11 @@ def _content(found: bytes | ProxyError) -> bytes | None:
 def _algorithm(description: bytes | None) -> str:
     if description is None:
         return DEFAULT
+    if any(
+        _description(each).startswith(description) and len(description) < len(_description(each))
+        for each in Algorithm
+    ):
+        return _CUT
     try:
         named = msgspec.json.decode(description, type=dict[str, Any]).get("algorithm", DEFAULT)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

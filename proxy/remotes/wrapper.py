@@ -106,6 +106,15 @@ def writers_wait(remote: Remote) -> bool:
     return getattr(innermost(remote), "writers_wait", False)
 
 
+def may_write_later(remote: Remote) -> bool:
+    """Whether a write that failed may still be going on, with the memory that it was given.
+
+    Then what was written again in its place may be overwritten by what stands in that memory: so
+    nobody may put other bytes there.  Of a storage that says nothing it is so.
+    """
+    return getattr(innermost(remote), "may_write_later", True)
+
+
 async def protected_of(remote: Remote, files: Sequence[str]) -> Sequence[bool]:
     """Of each file, whether the storage refuses to change it *now*: tried, and without effect.
 

@@ -81,6 +81,7 @@ class FullBackupWriter:
             await self._validate(self._xva)
         await self._check_size()
         if not self._remote.is_encrypted:
+            assert len(checksum) == 16, "an MD5"
             await self._remote.write_file(self._checksum, b"$1$$" + checksum.hex().encode())
         return await self._completion.write(content)
 

@@ -81,11 +81,13 @@ async def find_parent(
     base_uuid: str,
     *,
     damaged: Mapping[str, Damage],
+    suspects_qcow2: bool = True,
 ) -> Parent | NoParent:
     """Look for the disk whose uuid is ``base_uuid``, newest name first.
 
     Its whole chain must open and have none of the ``damaged`` disks, no other disk may be
-    chained on it, and its kind must be what the remote wants now.  Never raises for what is
+    chained on it, and its kind must be what the remote wants now.  ``suspects_qcow2``: nor may it
+    be what Xen Orchestra once read wrong from a qcow2 disk.  Never raises for what is
     stored; an error of the storage itself passes through only for the listing.
     """
     folder = disk_directory(vm_uuid, job_id, disk_uuid)
@@ -106,7 +108,7 @@ async def find_parent(
             damage = damage_below(damaged, folder, names, tip.members)
             if damage is not None:
                 return _damaged(damage)
-            return await _accept(remote, tip, children)
+            return await _accept(remote, tip, children, suspects_qcow2=suspects_qcow2)
     if not unreadable:
         return NoParent(
             "BASE_NOT_STORED",
@@ -147,7 +149,9 @@ async def _open_tip(
     return _Tip(Parent(name, path, wanted, compression), is_directory, members)
 
 
-async def _accept(remote: Remote, tip: _Tip, children: Mapping[str, str]) -> Parent | NoParent:
+async def _accept(
+    remote: Remote, tip: _Tip, children: Mapping[str, str], *, suspects_qcow2: bool
+) -> Parent | NoParent:
     parent = tip.parent
     if parent.name in children:
         # A second child would make the merge of either of them lose the other.
@@ -161,7 +165,7 @@ async def _accept(remote: Remote, tip: _Tip, children: Mapping[str, str]) -> Par
         return NoParent(
             "STORAGE_CHANGED", f"the remote keeps disks as {kind} now", {"path": parent.path}
         )
-    if await is_suspect_base(remote, parent.path):
+    if suspects_qcow2 and await is_suspect_base(remote, parent.path):
         return NoParent(
             "QCOW2_SUSPECT",
             "forcing a full: qcow2 base predates the non-NBD qcow2 fix and looks corrupt",

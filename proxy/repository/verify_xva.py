@@ -76,7 +76,7 @@ def _is_taken(reading: Reading, path: str) -> bool:
 
 
 async def _read(remote: Remote, path: str, reading: Reading, found: FoundArchive) -> None:
-    expected = await _sidecar(remote, path)
+    expected = await stored_md5(remote, path)
     async with remote.open_read(path) as file:
         digest = await _check(file, reading, found)
     if isinstance(expected, Comparison):
@@ -97,7 +97,7 @@ async def _read(remote: Remote, path: str, reading: Reading, found: FoundArchive
         )
 
 
-async def _sidecar(remote: Remote, path: str) -> str | Comparison:
+async def stored_md5(remote: Remote, path: str) -> str | Comparison:
     """The MD5 that was stored beside the archive, or why it is not known.
 
     On an encrypted remote a checksum is of the bytes as stored, and the tag says more.

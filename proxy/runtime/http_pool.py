@@ -43,7 +43,7 @@ class HttpPool:
         *,
         context: ssl.SSLContext | None,
         seconds: float = 600,
-        connect_seconds: float = 30,
+        connect_seconds: float = 10,
     ) -> None:
         self.peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         usual = 443 if context is not None else 80

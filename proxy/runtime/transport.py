@@ -71,6 +71,10 @@ _PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYE
 _NO_TLS = ": what listens there speaks no TLS; check the port, and whether http was meant"
 
 
+NO_CONNECTION = frozenset({"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "ENOTFOUND", "ETIMEDOUT"})
+"""Of hosts that are not there, or not to be reached from here."""
+
+
 def connect_error(error: BaseException, peer: str) -> ProxyError:
     """Say why ``peer`` could not be reached, with Node.js's name of the reason as the code.
 
@@ -518,6 +522,7 @@ async def read_head(connection: Connection, early: bytes = b"") -> tuple[bytes, 
 
 
 __all__ = [
+    "NO_CONNECTION",
     "Connection",
     "client_context",
     "connect",

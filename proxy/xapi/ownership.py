@@ -72,21 +72,6 @@ RESET_KEYS: Final = (
 """What a live VM must not carry: the target SR of a replica is not among them."""
 
 
-_OF_XEN_ORCHESTRA: Final = frozenset({*RESET_KEYS, SR} - {PROXY, RUN})
-_OURS: Final = "xo:backup:"
-
-
-def is_of_intervention(key: str) -> bool:
-    """Whether a key says what was being done to a VM, which is not true of a copy of it."""
-    return key.startswith(_OURS) and key not in _OF_XEN_ORCHESTRA | {PROXY, RUN}
-
-
-def without_keys(config: Mapping[str, str]) -> dict[str, str]:
-    """``other_config`` without anything that tells of backups: what a copy begins with."""
-    gone = (COPY_OF, BASE_DELTA_VDI)
-    return {k: v for k, v in config.items() if not k.startswith(_OURS) and k not in gone}
-
-
 @dataclass(frozen=True, slots=True)
 class Owner:
     """The run that something is done for."""
@@ -168,8 +153,23 @@ async def forget_interventions(xapi: Xapi, vm_ref: str) -> None:
     """Remove from a new VM the marks of what was being done to the one it was made from."""
     vm = await xapi.record("VM", vm_ref)
     keys: Mapping[str, str] = vm.get("other_config") or {}
-    gone = [key for key in keys if key == SHUT_DOWN or key.startswith(BLOCKED)]
+    gone = [key for key in keys if is_of_intervention(key)]
     await xapi.update_map("VM", vm_ref, "other_config", dict.fromkeys(gone))
+
+
+_OF_XEN_ORCHESTRA: Final = frozenset({*RESET_KEYS, SR} - {PROXY, RUN})
+_OURS: Final = "xo:backup:"
+
+
+def is_of_intervention(key: str) -> bool:
+    """Whether a key says what was being done to a VM, which is not true of a copy of it."""
+    return key.startswith(_OURS) and key not in _OF_XEN_ORCHESTRA | {PROXY, RUN}
+
+
+def without_keys(config: Mapping[str, str]) -> dict[str, str]:
+    """``other_config`` without anything that tells of backups: what a copy begins with."""
+    gone = (COPY_OF, BASE_DELTA_VDI)
+    return {k: v for k, v in config.items() if not k.startswith(_OURS) and k not in gone}
 
 
 async def set_keys(xapi: Xapi, vm_ref: str, keys: Mapping[str, str | None]) -> None:
@@ -215,7 +215,7 @@ async def reset_disk_keys(xapi: Xapi, vdi_ref: str) -> None:
 async def mark_trial(xapi: Xapi, vm_ref: str, marks: Mapping[str, str]) -> None:
     """Make a VM and its disks known as those of a health check: ``marks``, :data:`HEALTH_CHECK`,
     and nothing of what the VM is a copy of.  The disks come first."""
-    keys: dict[str, str | None] = {**dict.fromkeys(RESET_KEYS), SR: None, SHUT_DOWN: None, **marks}
+    keys: dict[str, str | None] = {**dict.fromkeys(RESET_KEYS), SR: None, **marks}
     vm = await xapi.record("VM", vm_ref)
 
     async def write(disk: tuple[dict[str, Any], str, dict[str, Any]]) -> None:

@@ -166,7 +166,14 @@ class House:
             while self.pool.leftovers(connections=True):
                 await trio.sleep(0.01)
         assert self.pool.leftovers(connections=True) == {}
-        for remote in self.remotes:
+        self.clean_remotes()
+
+    def clean_remotes(self) -> None:
+        """Assert that no remote holds anything but backups."""
+        self.clean_remotes_but()
+
+    def clean_remotes_but(self, *damaged: str) -> None:
+        for remote in self.remotes.keys() - set(damaged):
             base = self.folder(remote) / "xo-vm-backups"
             locks = [path.name for path in base.glob("*.lock")] + [
                 path.name for path in base.glob(".*")

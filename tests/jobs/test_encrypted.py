@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from proxy.errors import ProxyError
 from proxy.formats.encrypted import Algorithm, FileCipher
+from proxy.jobs.copying import Check
 from proxy.repository import clean_vm, delete_backups, list_all, lock_vm
 
 from .conftest import KEY, House, explained, files_of, read_stored
@@ -82,6 +84,34 @@ async def full_backup(house: House) -> str:
 
 def archive_of(house: House, backup_id: str) -> Path:
     return house.folder(REMOTE) / (backup_id.removesuffix(".json") + ".xva").lstrip("/")
+
+
+@pytest.mark.parametrize("beside", [(), ("remote1",)])
+async def test_an_md5_is_made_only_where_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: tuple[str, ...]
+) -> None:
+    """Beside an encrypted archive it would be of other bytes; and it takes most of the time."""
+    made: list[Check] = []
+
+    class Noting(Check):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            made.append(self)
+
+    monkeypatch.setattr("proxy.jobs.full_backup.Check", Noting)
+    async with house_of(tmp_path) as house:
+        outcome = await house.run(house.request(remotes=(REMOTE, *beside)))
+        assert outcome.status == "success", outcome.snapshot
+        [check] = made
+        assert (check._md5 is not None) is bool(beside)
+        assert not list(house.folder(REMOTE).rglob("*.checksum"))
+        for name in beside:
+            [stored] = house.folder(name).rglob("*.xva.checksum")
+            content = stored.with_suffix("").read_bytes()
+            digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            assert stored.read_text() == f"$1$${digest}"
+            [archive] = house.folder(REMOTE).rglob("*.xva")
+            assert read_stored(house.folder(REMOTE), archive) == content
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)

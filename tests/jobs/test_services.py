@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,9 @@ import trio
 
 from proxy.config.schema import RemoteOptions
 from proxy.errors import Busy, NotFound, ProxyError, Refused, Unauthorized
-from proxy.repository import lock_vm
+from proxy.repository import delete_backups, lock_vm
 
-from .conftest import JOB, House, until
+from .conftest import JOB, KEY, House, until
 
 
 async def test_a_second_run_of_a_job_is_refused_while_the_first_lives(house: House) -> None:
@@ -160,6 +161,33 @@ async def test_who_only_looks_makes_no_directory(house: House) -> None:
         assert house.folder("mistyped").is_dir()
         async with house.services.remote(spec, create=False) as remote:
             assert await remote.list("/") == []
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+async def test_who_only_looks_sets_no_encrypted_remote_up(house: House) -> None:
+    """Upstream does on any call, and gives an empty remote a new key on any call too."""
+    folder = house.folder("new")
+    folder.mkdir()
+    spec = {**house.remote_spec("new"), "encryptionKey": KEY}
+    other = {**spec, "encryptionKey": KEY[::-1]}
+    async with house.services.remote(spec, create=False) as looking:
+        assert await looking.list("/") == []
+        await delete_backups(looking, ["/xo-vm-backups/vm/20260101T000000Z.json"])
+        assert contents(folder) == {}
+        async with house.services.remote(spec) as writing:
+            assert writing is looking
+            before = contents(folder)
+            assert sorted(before) == ["encryption.json", "metadata.json"]
+            await writing.write_file("f.test2", b"x")
+            assert await looking.read_file("f.test2") == b"x"
+            await writing.unlink("f.test2")
+        with pytest.raises(Unauthorized, match="with another encryption key"):
+            async with house.services.remote(other, create=False):
+                pass
+        assert contents(folder) == before
 
 
 async def test_a_run_that_waits_for_a_lock_says_so_and_goes_on(house: House) -> None:

@@ -77,9 +77,11 @@ STACKS = [
     ("s3", "bounds"),
     ("s3", "gcm"),
     ("nfs", "chacha"),
+    ("smb-mounted", "gcm"),
     ("smb", "chacha"),
     ("moto",),
     ("azurite",),
+    ("azurite", "chacha"),
 ]
 
 

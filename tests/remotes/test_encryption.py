@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from proxy.errors import Corrupt, NotFound, ProxyError, Refused, Unreachable
 from proxy.formats.encrypted import LONGEST, Algorithm, FileCipher
 from proxy.remotes import FileStat, open_remote
-from proxy.remotes.encryption import UNIT, Encrypted, algorithm_of, is_plain
+from proxy.remotes.encrypting import UNIT
+from proxy.remotes.encryption import Encrypted, algorithm_of, is_plain
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.metrics import Metrics
 from proxy.remotes.probe import test_remote as probe
@@ -25,7 +26,7 @@ from proxy.remotes.retry import Retry
 from tests.remotes.conftest import ENCRYPTIONS, KEY, OPTIONS, opened, tree
 
 if TYPE_CHECKING:
-    from proxy.remotes import FileReader, Remote
+    from proxy.remotes import FileReader, FileWriter, Remote
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "encryption"
 MANIFEST: dict[str, Any] = json.loads((FIXTURES / "manifest.json").read_text())
@@ -222,6 +223,23 @@ async def test_a_file_that_was_cut(encrypted: Remote, root: Path, size: int) -> 
     assert (await encrypted.stat("f")).size <= max(0, size - 28)  # listings do not fail
 
 
+@pytest.mark.parametrize("size", [0, 1, 10])
+async def test_weakness_4_a_small_damaged_file_is_an_error_at_once(
+    local: Remote, root: Path, size: int
+) -> None:
+    """Upstream's read of one with a checksum never ends: the error comes before its listener."""
+    remote = Encrypted(local, FileCipher(Algorithm.AES_256_GCM, KEY))
+    await stream(remote, "f", LARGE[:size])
+    stored = bytearray((root / "f").read_bytes())
+    stored[-1] ^= 1
+    (root / "f").write_bytes(stored)
+    with trio.fail_after(10):
+        for _ in range(2):
+            with pytest.raises(Corrupt, match="it is damaged"):
+                async with remote.open_read("f") as file:
+                    await read_all(file)
+
+
 @pytest.mark.parametrize("behind", [False, True])
 async def test_a_file_that_changes_while_it_is_read(
     encrypted: Remote, root: Path, *, behind: bool
@@ -286,13 +304,31 @@ async def test_a_write_that_failed_cannot_be_completed(
 ) -> None:
     faults.add("create.write", Fail(GONE), skip=1)
     async with encrypted.create("f") as file:
-        await file.write(LARGE[:100_000])
         with pytest.raises(Unreachable):
-            await file.write(LARGE[:100_000])
+            await in_pieces(file, 10, 1_000_000)  # an error is told by one of the next calls
         for call in (file.write(b"x"), file.commit()):
             with pytest.raises(Refused) as caught:
                 await call
             assert caught.value.code == "EBADF"
+    assert tree(root) == []
+
+
+async def in_pieces(file: FileWriter, count: int, size: int) -> None:
+    for _ in range(count):
+        await file.write(LARGE[:size])
+
+
+async def test_a_last_write_that_failed_is_told_by_the_commit(
+    encrypted: Remote, faults: Faults, root: Path
+) -> None:
+    faults.add("create.write", Fail(GONE), skip=1)
+    async with encrypted.create("f") as file:
+        await file.write(LARGE[:1_000_000])
+        await file.write(LARGE[:1_000_000])
+        with pytest.raises(Unreachable):
+            await file.commit()
+        with pytest.raises(Refused):
+            await file.commit()
     assert tree(root) == []
 
 

@@ -341,6 +341,7 @@ async def test_a_mount_that_fails_is_told_and_leaves_nothing(
     assert caught.value.code == code
     assert SECRET not in f"{caught.value!r} {caught.value.message} {caught.value.data} {logs}"
     assert server.mounted() == []
+    assert list(server.mounts.iterdir()) == []
     server.behave("")
     async with opened(server.url, options=server.options):
         pass
@@ -454,6 +455,17 @@ async def test_a_cancelled_opening_leaves_nothing_mounted(server: Server, stage:
         nursery.cancel_scope.cancel()
     assert time.monotonic() - started < 5
     assert server.mounted() == []
+    assert list(server.mounts.iterdir()) == []
+
+
+async def test_what_lies_in_the_directory_of_a_mount_that_failed_stays(server: Server) -> None:
+    """Somebody put it there; a mount hides it."""
+    (server.mounts / "r1").mkdir(parents=True)
+    (server.mounts / "r1" / "f").write_bytes(b"data")
+    server.fails("mount.nfs: Connection timed out")
+    with pytest.raises(ProxyError):
+        await open_one(server, id="r1")
+    assert (server.mounts / "r1" / "f").read_bytes() == b"data"
 
 
 async def test_a_cancelled_user_of_two_leaves_the_mount_to_the_other(server: Server) -> None:

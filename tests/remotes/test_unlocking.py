@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +12,30 @@ import pytest
 import structlog
 import trio
 
-from proxy.errors import Busy, Conflict, Corrupt, ProxyError, Refused, Unauthorized, Unreachable
+from proxy.errors import (
+    Busy,
+    Conflict,
+    Corrupt,
+    NotFound,
+    ProxyError,
+    Refused,
+    Unauthorized,
+    Unreachable,
+)
 from proxy.formats.encrypted import Algorithm, FileCipher
-from proxy.remotes import Entry, open_remote
+from proxy.remotes import Entry, open_remote, opened_remote
 from proxy.remotes.encryption import Encrypted, algorithm_of
 from proxy.remotes.faults import Fail, Faults, Gate
 from proxy.remotes.local import LocalRemote
-from proxy.remotes.unlocking import unlocked
+from proxy.remotes.recording import Recording, crash_states
+from proxy.remotes.unlocking import look, settle, unlocked
 from proxy.remotes.wrapper import Wrapper
 from proxy.runtime.secrets import scrub_text
 from tests.remotes.conftest import KEY, OPTIONS, tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from proxy.remotes import Remote
 
@@ -198,15 +210,31 @@ async def test_a_description_without_an_algorithm(root: Path, description: bytes
     assert (root / BOTH[0]).read_bytes() == description
 
 
-@pytest.mark.parametrize("description", [b"", b"{", b"[]", b"null", b'{"algorithm":5}', b"\xff"])
+@pytest.mark.parametrize("description", [b"[]", b"null", b'{"algorithm":5}', b"\xff", b"{ "])
 @pytest.mark.parametrize("key", [None, RIGHT])
 async def test_a_description_that_says_nothing(
     root: Path, description: bytes, key: str | None
 ) -> None:
-    """Empty is what a crash of Xen Orchestra leaves of it."""
     place(root, {BOTH[0]: description, BOTH[1]: probe()})
     error = await refusal(root, key, Corrupt)
     assert "If the remote is empty, remove it" in error.message
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("size", [0, 1, 14, 20, -1])
+async def test_weakness_3_a_description_that_a_crash_has_cut(
+    root: Path, algorithm: Algorithm, size: int
+) -> None:
+    """As Xen Orchestra writes it; the key tells what stood there.  Without it, nobody does."""
+    whole = b'{"algorithm":"%s"}' % algorithm.encode()
+    place(root, {BOTH[0]: whole[:size], BOTH[1]: whole_probe(algorithm)}, data=True)
+    for key, kind in ((None, Corrupt), (WRONG, Corrupt)):
+        assert "it was cut while it was written" in (await refusal(root, key, kind)).message
+    before = content(root)
+    assert await looking(root, RIGHT) is algorithm
+    assert content(root) == before
+    assert await opening(root, RIGHT) is algorithm
+    assert content(root) == {**before, BOTH[0]: whole}
 
 
 async def test_an_algorithm_that_is_not_known(root: Path) -> None:
@@ -246,6 +274,165 @@ async def test_weakness_14_nobody_without_the_key_takes_the_authentication_away(
     assert FileCipher(Algorithm.AES_256_CBC, RIGHT).decrypt(made_up) == b"{}"
     place(root, {BOTH[0]: b'{"algorithm":"aes-256-cbc"}', BOTH[1]: made_up})
     await refusal(root, RIGHT, Unauthorized)
+
+
+# -- who only looks ------------------------------------------------------------------------------
+
+
+def whole_probe(algorithm: Algorithm = Algorithm.CHACHA20_POLY1305, key: str = RIGHT) -> bytes:
+    """As long as those of Xen Orchestra."""
+    return bytes(FileCipher(algorithm, key).encrypt(b'{"random":"%s"}' % (b"x" * 36)))
+
+
+def looked_at(root: Path, key: str | None, **record: Any) -> AbstractAsyncContextManager[Remote]:
+    spec = {"url": f"file://{root}", "encryptionKey": key, **record}
+    return opened_remote(spec, options=replace(OPTIONS, set_up=False))
+
+
+async def looking(root: Path, key: str | None, **record: Any) -> Algorithm | None:
+    async with looked_at(root, key, **record) as remote:
+        await remote.list("")
+        return algorithm_of(remote)
+
+
+@pytest.mark.parametrize("immutable", [False, True])
+@pytest.mark.parametrize(
+    "placed",
+    [{}, {BOTH[0]: GCM}, {BOTH[0]: b'{"algo'}, {BOTH[1]: b""}, {BOTH[0]: CHACHA, BOTH[1]: b"torn"}],
+)
+async def test_who_only_looks_sets_nothing_up(
+    root: Path, placed: dict[str, bytes], *, immutable: bool
+) -> None:
+    place(root, {".hidden": b"", **placed})
+    before = content(root)
+    async with looked_at(root, RIGHT, immutable=immutable) as remote:
+        assert remote.is_encrypted
+        names = {entry.name for entry in await remote.list("")}
+        assert names == {".hidden", *placed}
+        with pytest.raises(NotFound):
+            await remote.list("xo-vm-backups")
+        with pytest.raises(NotFound):
+            await remote.read_file("xo-vm-backups/x")
+        with pytest.raises(Refused, match="not set up for its encryption key yet") as caught:
+            await remote.write_file("f", b"data")
+        assert caught.value.code == "EROFS"
+        with pytest.raises(Refused):
+            async with remote.create("g"):
+                pass
+        with pytest.raises(Refused):
+            async with remote.batch() as batch:
+                await batch.write("h", b"data")
+        for call in (remote.mktree, remote.unlink, remote.rmtree, remote.rmdir):
+            with pytest.raises(Refused):
+                await call("f")
+        with pytest.raises(NotFound):
+            async with remote.lock("xo-vm-backups/vm", owner="us"):
+                pass
+    assert content(root) == before
+
+
+@pytest.mark.parametrize("placed", [{}, {BOTH[0]: GCM}])
+async def test_who_looks_sees_what_is_set_up_meanwhile(
+    root: Path, placed: dict[str, bytes]
+) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        assert await remote.list("") == []
+        place(root, placed)  # the algorithm too is chosen meanwhile
+        async with opened_remote(
+            {"url": f"file://{root}", "encryptionKey": RIGHT}, options=OPTIONS
+        ) as other:
+            await other.write_file("xo-vm-backups/x", b"secret")
+            assert await remote.read_file("xo-vm-backups/x") == b"secret"
+            assert algorithm_of(remote) is algorithm_of(other)
+            await remote.write_file("f", b"x")
+            assert await other.read_file("f") == b"x"
+
+
+async def test_one_opening_serves_those_who_look_and_those_who_write(root: Path) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        await look(remote)
+        assert tree(root) == []
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(settle, remote)
+        assert tree(root) == BOTH
+        before = content(root)
+        await settle(remote)
+        assert content(root) == before
+        await remote.write_file("f", b"x")
+        await look(remote)
+    assert await opening(root, RIGHT)
+
+
+async def test_an_opening_that_only_looked_gives_an_empty_remote_another_key(root: Path) -> None:
+    """When somebody wants to write."""
+    place(root, {BOTH[0]: CHACHA, BOTH[1]: whole_probe(key=WRONG)})
+    async with looked_at(root, RIGHT) as remote:
+        with pytest.raises(Unauthorized, match="with another encryption key"):
+            await look(remote)
+        await settle(remote)
+        await remote.write_file("f", b"x")
+    assert await opening(root, RIGHT)
+    await refusal(root, WRONG, Unauthorized)
+
+
+async def test_an_opening_that_only_looked_repairs_when_somebody_wants_to_write(root: Path) -> None:
+    place(root, {BOTH[1]: probe()}, data=True)
+    async with looked_at(root, RIGHT) as remote:
+        await look(remote)
+        await remote.list("")
+        assert not (root / BOTH[0]).exists()
+        await settle(remote)
+    assert (root / BOTH[0]).read_bytes() == CHACHA
+
+
+async def test_who_looks_is_told_of_another_key_that_came_meanwhile(root: Path) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        await opening(root, WRONG)
+        with pytest.raises(Unauthorized, match="with another encryption key"):
+            await remote.list("")
+        (root / "xo-vm-backups").mkdir()
+        with pytest.raises(Unauthorized, match="does not open this remote"):
+            await remote.list("")
+
+
+async def test_who_looks_is_told_of_plain_backups_that_came_meanwhile(root: Path) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        place(root, {}, data=True)
+        with pytest.raises(Conflict, match="It is not encrypted"):
+            await remote.read_file("xo-vm-backups/x")
+
+
+@pytest.mark.parametrize(
+    ("placed", "text"),
+    [
+        ({BOTH[0]: CHACHA, BOTH[1]: whole_probe(key=WRONG)}, "with another encryption key"),
+        ({BOTH[1]: whole_probe(key=WRONG)}, "with another encryption key"),
+        ({BOTH[0]: NONE, BOTH[1]: b'{"random":"x"}'}, "without encryption"),
+        ({BOTH[0]: NONE}, "without encryption"),
+    ],
+)
+async def test_who_only_looks_gives_an_empty_remote_no_other_key(
+    root: Path, placed: dict[str, bytes], text: str
+) -> None:
+    place(root, placed)
+    with pytest.raises(Unauthorized, match=text) as caught:
+        await looking(root, RIGHT)
+    assert caught.value.code == "EAUTH"
+    assert "make a backup: that sets an empty remote up for it" in caught.value.message
+    assert content(root) == placed
+    assert await opening(root, RIGHT) is Algorithm.CHACHA20_POLY1305  # and that does
+
+
+async def test_who_only_looks_does_not_repair(root: Path) -> None:
+    place(root, {BOTH[1]: probe()}, data=True)
+    before = content(root)
+    assert await looking(root, RIGHT) is Algorithm.CHACHA20_POLY1305
+    assert content(root) == before
 
 
 # -- another key for an empty remote ---------------------------------------------------------------
@@ -354,6 +541,86 @@ async def test_a_crash_after_any_write_is_finished_by_the_next(root: Path) -> No
             assert await opening(root, WRONG) is Algorithm.CHACHA20_POLY1305
             assert crashed is (done < 2 * (1 + (BOTH[1] in placed)))
             await inner.aclose()
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {},
+        {BOTH[0]: GCM},
+        {BOTH[0]: NONE},
+        {BOTH[0]: GCM, BOTH[1]: whole_probe(Algorithm.AES_256_GCM)},
+        {BOTH[1]: b"torn"},
+    ],
+)
+async def test_a_kill_at_any_moment_of_the_setting_up(
+    root: Path, tmp_path: Path, placed: dict[str, bytes]
+) -> None:
+    """The next one that may write sets it up; until then, it is nobody's or the new key's."""
+    start = tmp_path / "start"
+    place(start, placed)
+    shutil.copytree(start, root)
+    inner = await local(root)
+    recording = Recording(inner)
+    assert isinstance(await unlocked(recording, WRONG), Encrypted)
+    await inner.aclose()
+    place_of_crash = tmp_path / "crashed"
+    place_of_crash.mkdir()
+    count = 0
+    for label, apply in crash_states(recording.changes, start=start):
+        apply(place_of_crash)
+        count += 1
+        before = content(place_of_crash)
+        try:
+            await looking(place_of_crash, WRONG)
+        except Unauthorized:  # not before the new key's file is there
+            assert before.get(BOTH[1]) == placed.get(BOTH[1]), label
+        assert content(place_of_crash) == before, label
+        assert await opening(place_of_crash, WRONG), label
+        (place_of_crash / "xo-vm-backups").mkdir()
+        assert await opening(place_of_crash, WRONG), label
+        assert await looking(place_of_crash, WRONG), label
+        with pytest.raises(Unauthorized):
+            await opening(place_of_crash, None)
+    assert count >= 2
+
+
+@pytest.mark.parametrize("immutable", [False, True])
+@pytest.mark.parametrize("first", BOTH)
+async def test_a_kill_inside_one_of_the_two_files(
+    root: Path, first: str, *, immutable: bool
+) -> None:
+    """On an immutable remote nothing has a temporary name; Xen Orchestra has none anywhere.  And
+    whichever of the two comes first."""
+    whole = {BOTH[0]: CHACHA, BOTH[1]: whole_probe()}
+    second = BOTH[1 - BOTH.index(first)]
+    for name, others in ((first, {}), (second, {first: whole[first]})):
+        size = len(whole[name])
+        for cut in sorted({0, 1, 11, 12, 13, 14, 27, 28, size - 1}):
+            shutil.rmtree(root, ignore_errors=True)
+            place(root, {**others, name: whole[name][:cut]})
+            before = content(root)
+            assert await looking(root, RIGHT, immutable=immutable), cut
+            assert content(root) == before
+            assert await opening(root, RIGHT, immutable=immutable), cut
+            with pytest.raises(Unauthorized):
+                await opening(root, None, immutable=immutable)
+            assert (root / BOTH[0]).read_bytes() == CHACHA
+            stored = (root / BOTH[1]).read_bytes()
+            FileCipher(Algorithm.CHACHA20_POLY1305, RIGHT).decrypt(stored)
+            (root / "xo-vm-backups").mkdir()
+            assert await opening(root, RIGHT, immutable=immutable), cut
+
+
+async def test_a_cut_file_that_is_protected_already_is_left(root: Path) -> None:
+    place(root, {BOTH[1]: b"torn"})
+    inner = await LocalRemote.open(str(root), url=f"file://{root}", is_immutable=True)
+    faults = Faults(inner)
+    faults.add("unlink", Fail(Refused("EPERM: protected", code="EPERM")))
+    with pytest.raises(Refused, match="protected"):
+        await unlocked(faults, RIGHT)
+    assert (root / BOTH[1]).read_bytes() == b"torn"
+    await inner.aclose()
 
 
 @pytest.mark.parametrize("key", [RIGHT, WRONG])

@@ -129,3 +129,9 @@ async def test_a_qcow2_base_that_may_lack_its_data_is_not_built_on(
         if not accepted:
             assert isinstance(found, NoParent)
             assert found.reason == "QCOW2_SUSPECT"
+            # a copy would not be any better for being whole
+            uuid = str(identity(1))
+            copied = await find_parent(
+                remote, VM, JOB, DISK, uuid, damaged={}, suspects_qcow2=False
+            )
+            assert isinstance(copied, Parent)

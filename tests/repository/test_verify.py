@@ -779,13 +779,13 @@ async def test_a_cancel_at_any_read_leaves_nothing(kept: Callable[[str], Any], k
 
 
 @functools.cache
-def full_xva() -> bytes:
+def full_xva(size: int = 5_000_000) -> bytes:
     """By Python's own tar writer: ova.xml first, then a chunk."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in (
             ("ova.xml", b"<x/>"),
-            ("Ref:4/00000000", random.Random(1).randbytes(5_000_000)),
+            ("Ref:4/00000000", random.Random(1).randbytes(size)),
         ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -826,6 +826,26 @@ async def test_a_wrong_byte_in_an_archive_is_seen(full: House, offset: int) -> N
     assert (await full_report(full)).status == "ok"
     report = await full_report(full, level="read")
     assert report.status == "damaged"
+
+
+@pytest.mark.parametrize("wrong", ["archive", "checksum"])
+async def test_remotes_weakness_4_a_small_archive_that_is_wrong_ends_the_read(
+    tmp_path: Path, wrong: str
+) -> None:
+    """Upstream compares the checksum when nobody listens yet, and its read never ends."""
+    house = await open_house(tmp_path / "small", "files")
+    backup = await write_full(house.remote, NOON, data=full_xva(100))
+    house.dates.append(Path(backup.id).stem)
+    path = house.json(0).with_suffix(".xva")
+    if wrong == "archive":
+        flip(path, 1540)  # in the content of its chunk
+    else:
+        path.with_suffix(".xva.checksum").write_bytes(b"$1$$" + b"0" * 32)
+    with trio.fail_after(10):
+        report = await full_report(house, level="read")
+    assert report.status == "damaged"
+    assert report.checksum is not None
+    assert (report.checksum.result, report.checksum.compared) == ("mismatch", path.stat().st_size)
 
 
 async def test_without_its_checksum_the_archive_is_read_all_the_same(full: House) -> None:

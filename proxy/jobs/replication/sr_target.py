@@ -44,6 +44,10 @@ class SrDestination:
     def properties(self) -> Mapping[str, Any]:
         return {"id": self.id, "name_label": self.name_label, "type": "SR"}
 
+    @property
+    def export_ids(self) -> Collection[str]:
+        return (self.id,)
+
     def retention(self, settings: Settings) -> float:
         return settings.copy_retention
 
@@ -86,7 +90,7 @@ class SrTarget:
     @property
     def marks(self) -> dict[str, str]:
         """On all that is unfinished."""
-        return {ownership.PROXY: self.backup.installation, ownership.RUN: self.backup.run_id}
+        return self.backup.marks
 
     @property
     def unmarked(self) -> dict[str, None]:
@@ -108,17 +112,16 @@ class SrTarget:
     def encodes(self) -> bool:
         return False
 
+    @property
+    def stores_md5(self) -> bool:
+        return False
+
     async def space(self) -> int | None:
         sr = await self.xapi.record("SR", self.sr_ref)
         return int(sr["physical_size"]) - int(sr["physical_utilisation"])
 
     def count_with(self, others: Sequence[Target]) -> None:
         self._neighbours = [other for other in others if isinstance(other, SrTarget)]
-
-    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
-        check = wanted(self.settings, backup.tags)
-        if check is not None and self.replica:
-            await backup.checks.of_replica(parent, check, self.xapi, self.replica, **properties)
 
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
@@ -128,6 +131,11 @@ class SrTarget:
 
     async def clean(self, parent: Task, *, merge: bool) -> None:
         """What is left unfinished on a pool is swept at the first contact; SRs merge alone."""
+
+    async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
+        check = wanted(self.settings, backup.tags)
+        if check is not None and self.replica:
+            await backup.checks.of_replica(parent, check, self.xapi, self.replica, **properties)
 
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await write_full_replica(self, export, copy, consumer)

@@ -45,6 +45,7 @@ _CODES: Final[Mapping[str, tuple[type[ProxyError], str, str]]] = {
         "EPERM",
         "an immutability policy of the container protects the blob",
     ),
+    "BlobImmutableDueToLegalHold": (Refused, "EPERM", "a legal hold protects the blob"),
     "SnapshotsPresent": (
         Refused,
         "EPERM",
@@ -88,7 +89,6 @@ _STATUSES: Final[Mapping[int, tuple[type[ProxyError], str]]] = {
     403: (Unauthorized, "EACCES"),
     404: (NotFound, "ENOENT"),
     408: (Unreachable, "ETIMEDOUT"),
-    409: (Refused, "EPERM"),
     412: (Conflict, "EEXIST"),
     429: (Unreachable, "EAGAIN"),
     501: (Refused, "ENOTSUP"),

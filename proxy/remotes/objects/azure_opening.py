@@ -8,8 +8,9 @@ from proxy.errors import NotFound, ProxyError, Unauthorized
 from proxy.remotes.objects.azure import AzureStore
 from proxy.remotes.objects.azure_client import AzureClient
 from proxy.remotes.objects.remote import ObjectRemote
-from proxy.remotes.objects.retrying import RetryingStore
+from proxy.remotes.objects.retrying import OPENING_SECONDS, RetryingStore
 from proxy.runtime.deadlines import deadline
+from proxy.runtime.transport import NO_CONNECTION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,8 +25,9 @@ async def open_azure(
     whether its blobs are immutable.
 
     ``record`` holds the remote's options; ``seconds`` is how long the service may be silent, and
-    ``open_seconds`` bounds the whole check.  What is wrong is named in ``data.part``.  On
-    cancel nothing stays open.
+    ``open_seconds`` bounds the whole check.  What is wrong is named in ``data.part``: of a server
+    that refuses connections after 5 s, of one that does not answer them after 10 s.  On cancel
+    nothing stays open.
     """
     client = AzureClient.of(
         url, allow_unauthorized=record.get("allowUnauthorized") is True, seconds=seconds
@@ -36,8 +38,8 @@ async def open_azure(
     retrying = RetryingStore(store)
     try:
         with deadline("opening the remote", open_seconds):
-            await retrying.again(lambda _: store.make_container())
-            locked, _ = await retrying.again(lambda _: store.object_lock())
+            await retrying.again(lambda _: store.make_container(), seconds=OPENING_SECONDS)
+            locked, _ = await retrying.again(lambda _: store.object_lock(), seconds=OPENING_SECONDS)
     except BaseException as error:
         client.close()
         if isinstance(error, ProxyError):
@@ -58,6 +60,8 @@ def _explained(error: ProxyError, url: AzureUrl, container: str) -> ProxyError:
         part = "path"
     elif isinstance(error, NotFound):
         part = part or "host"  # no answer of a service that has the container
+    elif error.code in NO_CONNECTION:
+        part = part or "host"
     elif isinstance(error, Unauthorized):
         part = part or "password"
     data = {**error.data, **({"part": part} if part else {})}

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from proxy.errors import NotFound, ProxyError, Refused, Unauthorized
 from proxy.remotes.objects.parts import BUDGET
 from proxy.remotes.objects.remote import ObjectRemote
-from proxy.remotes.objects.retrying import RetryingStore
+from proxy.remotes.objects.retrying import OPENING_SECONDS, RetryingStore
 from proxy.remotes.objects.s3 import LIMITS, S3Store
 from proxy.remotes.objects.s3_client import S3Client
 from proxy.remotes.objects.s3_endpoint import S3Endpoint
 from proxy.runtime.deadlines import deadline
+from proxy.runtime.transport import NO_CONNECTION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +35,9 @@ async def open_s3(
     """Check that bucket and credentials work, and whether its objects are immutable.
 
     ``record`` holds the remote's options; ``seconds`` is how long the server may be silent, and
-    ``open_seconds`` bounds the whole check.  What is wrong is named in ``data.part``.  On
-    cancel nothing stays open.
+    ``open_seconds`` bounds the whole check.  What is wrong is named in ``data.part``: of a server
+    that refuses connections after 5 s, of one that does not answer them after 10 s.  On cancel
+    nothing stays open.
     """
     endpoint = S3Endpoint.of(url)
     limits = _limits(record)
@@ -51,9 +53,9 @@ async def open_s3(
     retrying = RetryingStore(store)
     try:
         with deadline("opening the remote", open_seconds):
-            locked = await retrying.again(lambda _: store.object_lock())
+            locked = await retrying.again(lambda _: store.object_lock(), seconds=OPENING_SECONDS)
             # the question above may be one that any key may ask; this one is for our objects
-            await retrying.list(below, deep=False)
+            await retrying.again(lambda _: store.list(below, deep=False), seconds=OPENING_SECONDS)
     except BaseException as error:
         client.close()
         if isinstance(error, ProxyError):
@@ -101,6 +103,8 @@ def _explained(error: ProxyError, endpoint: S3Endpoint) -> ProxyError:
             code=error.code,
             data=data,
         )
+    elif error.code in NO_CONNECTION:
+        part = part or "host"
     elif isinstance(error, Unauthorized):
         code = error.data.get("s3Code")
         part = part or {

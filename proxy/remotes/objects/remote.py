@@ -54,6 +54,8 @@ class ObjectRemote:
     """See :func:`proxy.remotes.wrapper.tries_again`."""
     bounds_itself = True
     """See :func:`proxy.remotes.wrapper.bounds_itself`."""
+    may_write_later = False
+    """A failed request has ended; see :func:`proxy.remotes.wrapper.may_write_later`."""
     writers_wait = True
     """For the memory of parts; see :func:`proxy.remotes.wrapper.writers_wait`."""
 

@@ -13,6 +13,7 @@ somebody else's nor somebody else's for ours.
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,6 +39,9 @@ T = TypeVar("T")
 
 WAITS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between the tries, each shortened by up to a half so that not all come at once."""
+OPENING_SECONDS = 5.0
+"""How long an opening is tried again: somebody may be waiting for what is wrong, and Xen Orchestra
+waits 5 s for ``remote.getInfo``."""
 
 
 _UNKNOWN = Unreachable("not tried yet")
@@ -51,16 +55,23 @@ class RetryingStore:
         self._inner = inner
         self._waits = waits
 
-    async def again(self, run: Callable[[int], Awaitable[T]]) -> T:
-        """``run(tries)`` until it does not fail for a passing reason; ``tries`` counts from 0."""
+    async def again(self, run: Callable[[int], Awaitable[T]], *, seconds: float = math.inf) -> T:
+        """``run(tries)`` until it does not fail for a passing reason; ``tries`` counts from 0.
+
+        No try begins later than ``seconds`` behind the first one.
+        """
+        began = trio.current_time()
         try:
-            for tries, wait in enumerate(self._waits):
+            for tries, most in enumerate(self._waits):
+                wait = most * random.uniform(0.5, 1)  # noqa: S311 (no secret)
                 try:
                     return await run(tries)
                 except Unreachable as error:
                     if error.code in CERTIFICATE_CODES:
                         raise
-                    await trio.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 (no secret)
+                    if trio.current_time() + wait - began > seconds:
+                        raise
+                    await trio.sleep(wait)
             return await run(len(self._waits))
         except NotFound as error:
             if error.code != "ENOBUCKET":

@@ -51,7 +51,9 @@ def properties(**headers: str) -> Answer:
         (429, "", Unreachable, "EAGAIN"),
         (301, "", Refused, "EINVAL"),
         (400, "InvalidHeaderValue", Refused, "EINVAL"),
-        (409, "NobodyKnows", Refused, "EPERM"),
+        (409, "BlobImmutableDueToLegalHold", Refused, "EPERM"),
+        (409, "NobodyKnows", Refused, "EINVAL"),  # that it protects something, nobody said
+        (409, "", Refused, "EINVAL"),
         (400, "Md5Mismatch", Unreachable, "EIO"),
     ],
 )

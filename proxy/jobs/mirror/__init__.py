@@ -1,0 +1,1 @@
+"""Copying backups from one remote to others (``job.type = 'mirrorBackup'``)."""
