@@ -12,11 +12,11 @@ from typing import Any, cast
 import click
 import msgspec
 import pytest
-from proxy.jobs.mirror.mirror_job import MirrorSettings
 
 from proxy.cli import commands as program
 from proxy.cli.call import parse_params
 from proxy.jobs.metadata_job import MetadataSettings
+from proxy.jobs.mirror.mirror_job import MirrorSettings
 from proxy.jobs.settings import REPORT_KEYS, Settings
 from proxy.rpc.methods import standard
 from proxy.runtime.transport import CERTIFICATE_CODES
