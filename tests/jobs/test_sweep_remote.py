@@ -263,6 +263,23 @@ async def test_a_directory_that_a_live_run_holds_stays(house: House, dry_run: bo
     assert (await house.outcome(task)).status == "success"
 
 
+async def test_a_run_does_not_wait_for_a_sweep_of_the_whole_remote(house: House) -> None:
+    """Which takes hours where there is much; a run waits for the directory of its own VM alone."""
+    uuids = [house.pool.vm_uuid("vm1"), house.pool.vm_uuid("vm2")]
+    assert (await house.run(house.request(vms=uuids))).status == "success"
+    begin_anew(house)
+    async with house.faulty() as faults:
+        gate = faults.add("list", Gate(), path=f"*{uuids[0]}")
+        sweeping = start(house, "remote1")
+        with trio.fail_after(10):
+            await gate.reached.wait()
+            outcome = await house.run(house.request(vms=uuids[1:]))
+        assert outcome.status == "success"
+        assert sweeping.pending
+        gate.release.set()
+        assert (await house.outcome(sweeping)).status == "success"
+
+
 async def test_a_listing_that_fails_removes_nothing_there_and_the_others_go_on(
     house: House,
 ) -> None:
