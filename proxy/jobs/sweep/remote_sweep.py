@@ -317,12 +317,7 @@ class _Noted(Wrapper):
         self.removed: list[str] = []
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
-        if self._dry_run and operation.verb.partition(".")[0] in (
-            "create",
-            "edit",
-            "batch",
-            "lock",
-        ):
+        if self._dry_run and operation.verb.partition(".")[0] in _WRITES:
             raise Refused(f"a dry run does not {operation.verb}", code="EROFS")
         return await run()
 
