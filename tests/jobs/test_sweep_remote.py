@@ -435,6 +435,22 @@ async def test_uploads_go_when_they_are_ours_and_old(
     }
 
 
+async def test_uploads_that_cannot_be_listed_keep_nothing_else(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await good_run(house)
+    litter = put(vm_folder(house) / ORPHAN, age=2 * HOUR)
+
+    async def listed(remote: object, path: str) -> list[OpenUpload]:
+        raise Unreachable("a strange listing", code="EPROTO")
+
+    monkeypatch.setattr("proxy.jobs.sweep.remote_sweep.open_uploads_of", listed)
+    report = await sweep(house)
+    assert names(report["swept"]) == [("file", ORPHAN)]
+    assert not litter.exists()
+    assert report["error"] == "a strange listing"
+
+
 # -- object stores ------------------------------------------------------------------------------
 
 

@@ -110,6 +110,9 @@ class _Sweep:
                 _entry("upload", ROOT, f"unfinished uploads cannot be looked for: {error.message}")
             )
             return {}
+        except ProxyError as error:  # a strange answer to this question says nothing of the rest
+            self.report.failed(_entry("upload", ROOT, "unfinished uploads were not found"), error)
+            return {}
         found: dict[str, list[OpenUpload]] = {}
         for upload in uploads:
             below = f"/{paths.normalise(upload.path)}".removeprefix(f"{ROOT}/")
