@@ -45,7 +45,8 @@ import trio
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused, Unauthorized, Unreachable
 from proxy.formats.encrypted import DEFAULT, Algorithm, FileCipher
 from proxy.remotes.encryption import DESCRIPTION, PROBE, Encrypted
-from proxy.remotes.wrapper import Operation, Wrapper
+from proxy.remotes.retry import Retry
+from proxy.remotes.wrapper import Operation, Wrapper, tries_again
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -335,8 +336,10 @@ class _Unlocked(Wrapper):
 
     async def settle(self) -> None:
         """Write what is missing.  Several at once are fine."""
+        storage = self._storage
         async with self._settling:
-            roots = await _Roots.read(self._storage)
+            # it is open already: a failure that passes is none of the run that comes now
+            roots = await _Roots.read(storage if tries_again(storage) else Retry(storage))
             self._opened_by(await _settled(roots, self._key))
 
     def _opened_by(self, cipher: FileCipher) -> None:

@@ -34,7 +34,7 @@ from proxy.runtime.secrets import scrub_text
 from tests.remotes.conftest import KEY, OPTIONS, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.remotes import Remote
@@ -423,6 +423,28 @@ async def test_an_open_remote_that_got_another_key_is_not_written_to(
         else:  # an empty one is whose it is that writes first
             await settle(remote)
             assert await opening(root, RIGHT)
+
+
+async def test_a_failure_that_passes_does_not_cost_a_run_its_remote(root: Path) -> None:
+    place(root, {BOTH[0]: CHACHA, BOTH[1]: whole_probe()})
+
+    class Unsteady(Wrapper):
+        fails = 0
+
+        async def read_files(
+            self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+        ) -> Sequence[bytes | ProxyError]:
+            self.fails -= 1
+            if self.fails >= 0:
+                return [Unreachable("busy") for _ in paths]
+            return await super().read_files(paths, limit=limit)
+
+    storage = Unsteady(await LocalRemote.open(str(root), url="file:///x"))
+    remote = await unlocked(storage, RIGHT, set_up=False)
+    storage.fails = 1
+    await settle(remote)
+    assert storage.fails == 0
+    await remote.aclose()
 
 
 async def test_who_looks_is_told_of_another_key_that_came_meanwhile(root: Path) -> None:
