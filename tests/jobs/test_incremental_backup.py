@@ -527,7 +527,7 @@ async def test_a_restore_goes_on_while_its_chain_is_merged(tmp_path: Path) -> No
 async def test_a_run_whose_targets_are_all_away_keeps_the_base(tmp_path: Path) -> None:
     """It takes its rolling snapshot only, and the next run is a delta all the same."""
     async with house_of(tmp_path, disk_size=4 * MIB) as house:
-        keep = {"snapshotRetention": 1}
+        keep: dict[str, Any] = {"snapshotRetention": 1}
         assert (await back_up(house, **keep)).status == "success"
         spec = house.remotes.pop("remote1")
         house.remotes["remote1"] = {**spec, "url": "nope://x"}
