@@ -20,7 +20,7 @@ from proxy.cli.failures import Failure
 from proxy.cli.metadata import metadata
 from proxy.cli.remote_url import ask, remote_argument
 from proxy.cli.verifying import verify
-from proxy.cli.views import Note
+from proxy.cli.views import Error
 
 REMOTE = "remote"
 _WIDTH = 160
@@ -159,5 +159,6 @@ def root_end(log: Stream) -> Any:
         if record["type"] == "end" and record["id"] == root:
             if record["status"] == "success":
                 return record.get("result")
-            raise Failure(msgspec.convert(record.get("result") or {}, Note).message or "it failed")
+            error = msgspec.convert(record.get("result") or {}, Error)
+            raise Failure(error.shown or "it failed")
     raise Failure("the log ended before the run did: the daemon was stopped")

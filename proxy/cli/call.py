@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 import click
@@ -15,12 +16,20 @@ from proxy.cli.client import Binary, Client, Stream, connection
 @click.argument("method")
 @click.argument("params", nargs=-1, metavar="[KEY=TEXT | KEY:=JSON]...")
 @click.option(
-    "--json", "json_params", metavar="PARAMS|-", help="All parameters as JSON; - reads it."
+    "--json",
+    "json_params",
+    multiple=True,
+    metavar="PARAMS|@FILE|-",
+    help="Parameters as an object in JSON, in FILE, or from standard input. May be repeated.",
 )
 @click.option("--raw", is_flag=True, help="Text without quotes, JSON on one line.")
 @connection
 def call(
-    client: Client, method: str, params: tuple[str, ...], json_params: str | None, raw: bool
+    client: Client,
+    method: str,
+    params: tuple[str, ...],
+    json_params: tuple[str, ...],
+    raw: bool,
 ) -> None:
     """Call METHOD and print what it answers.
 
@@ -31,6 +40,7 @@ def call(
     xo-proxy call system.getServerVersion
     xo-proxy call task.getAll limit:=3
     xo-proxy call backup.listVmBackups --json '{"remotes": {"r": {"url": "file:///backups"}}}'
+    xo-proxy call backup.run --json @places.json --json @job.json
     """
     with client.call(method, parse_params(params, json_params)) as reply:
         if isinstance(reply, Binary):
@@ -46,17 +56,17 @@ def call(
             _show(reply.value, raw=raw, indent=None if raw else 2)
 
 
-def parse_params(words: tuple[str, ...], whole: str | None) -> dict[str, Any]:
-    """``KEY=TEXT`` and ``KEY:=JSON``, laid over ``whole``.
+def parse_params(words: tuple[str, ...], objects: tuple[str, ...] = ()) -> dict[str, Any]:
+    """``KEY=TEXT`` and ``KEY:=JSON``, laid over ``objects``, of which a later one wins.
 
     Xen Orchestra's own tool writes ``KEY=json:JSON``, which is read too.
     """
     params: dict[str, Any] = {}
-    if whole is not None:
-        given = _parse(sys.stdin.read() if whole == "-" else whole, "--json")
+    for text in objects:
+        given = _parse(*_read(text))
         if not isinstance(given, dict):
             raise click.UsageError("--json must hold an object")
-        params = cast("dict[str, Any]", given)
+        params.update(cast("dict[str, Any]", given))
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key.rstrip(":"):
@@ -68,6 +78,19 @@ def parse_params(words: tuple[str, ...], whole: str | None) -> dict[str, Any]:
         else:
             params[key] = text
     return params
+
+
+def _read(text: str) -> tuple[str, str]:
+    """What ``--json`` gives, and its name: no JSON begins with ``@``."""
+    if text == "-":
+        return sys.stdin.read(), "--json"
+    if not text.startswith("@"):
+        return text, "--json"
+    try:
+        return Path(text[1:]).read_text("utf-8"), text[1:]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise click.UsageError(f"cannot read {text[1:]}: {reason}") from error
 
 
 def _parse(text: str, what: str) -> object:

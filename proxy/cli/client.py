@@ -50,6 +50,9 @@ class CallError(Failure):
         self.code = error.get("code")
         self.data = error.get("data")
         lines = [str(error.get("message", "unknown error"))]
+        name = _stable_name(self.data)
+        if name not in lines[0] and lines != [_UNHANDLED]:
+            lines[0] += f" ({name})"
         if self.code == InvalidParams.rpc_code:
             faults = msgspec.convert(self.data or {}, Faults).errors
             lines += [f"  {fault.instance_path or '/'}: {fault.message}" for fault in faults]
@@ -59,6 +62,12 @@ class CallError(Failure):
             shown = ", ".join(f"{name}://" for name in SUPPORTED_TYPES)
             lines += [f"  the URL of a remote begins with one of {shown}"]
         super().__init__("\n".join(lines))
+
+
+def _stable_name(data: Any) -> str:
+    """What the list of error codes explains; Xen Orchestra's proxy sends none."""
+    name = cast("dict[str, Any]", data).get("code") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 @dataclass(frozen=True, slots=True)

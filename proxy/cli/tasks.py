@@ -89,7 +89,7 @@ def table(found: list[TaskView]) -> Table:
 
 
 def outline(task: TaskView, depth: int = 0) -> list[str]:
-    """One line a task, children indented below, errors and warnings beside.
+    """One line a task, children indented below, errors, warnings and what happened beside.
 
     An error that came from a child stands there only.
     """
@@ -97,7 +97,8 @@ def outline(task: TaskView, depth: int = 0) -> list[str]:
     told = task.data.error is not None and task.data.error.message in below
     lines = ["  " * depth + (task.standing if told else task.summary)]
     inner = "  " * (depth + 1)
-    lines += [f"{inner}warning: {warning.message}" for warning in task.data.warnings]
+    lines += [f"{inner}warning: {warning.text}" for warning in task.data.warnings]
+    lines += [f"{inner}{line}" for info in task.data.infos for line in info.lines]
     for child in task.tasks:
         lines += outline(child, depth + 1)
     return lines

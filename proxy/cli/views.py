@@ -2,13 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
 
+from proxy.errors import Canceled
+
+
+class Reason(msgspec.Struct):
+    """Of what a note says, if its data tell one."""
+
+    reason: str = ""
+    error: str = ""
+
 
 class Note(msgspec.Struct):
     message: str = ""
+    data: Any = None
+
+    @property
+    def text(self) -> str:
+        known = Reason()
+        # another daemon than ours may mean other things by the same words
+        with contextlib.suppress(msgspec.ValidationError):
+            known = msgspec.convert(self.data, Reason)
+        return ": ".join(part for part in (self.message, known.reason or known.error) if part)
+
+
+class Info(Note):
+    @property
+    def lines(self) -> list[str]:
+        """For people: what a run did to each disk, or the message, with its reason."""
+        if self.message == "vms":
+            return []  # each has a task of its own
+        if self.message == "disks":
+            with contextlib.suppress(msgspec.ValidationError):
+                return [disk.line for disk in msgspec.convert(self.data, Disks).disks]
+        return [f"info: {self.text}"]
+
+
+class Error(msgspec.Struct):
+    """Its code is what the list of error codes explains."""
+
+    message: str = ""
+    code: str | int = ""
+
+    @property
+    def shown(self) -> str:
+        code = str(self.code)
+        told = code in self.message or code == Canceled.default_code  # the status says it
+        return self.message if told else f"{self.message}; {code}"
+
+
+class Step(msgspec.Struct):
+    """A way to read a disk that did not work."""
+
+    way: str
+    code: str | int = ""
+
+
+class Disk(msgspec.Struct):
+    """How one disk was backed up."""
+
+    disk: str
+    wanted: str = ""
+    got: str = ""
+    via: str = ""
+    reason: str = ""
+    message: str = ""
+    steps: list[Step] = []
+
+    @property
+    def line(self) -> str:
+        kind = self.got or self.wanted
+        parts = [f"disk {self.disk}: {kind}" + (f" over {self.via}" if self.via else "")]
+        if kind == "full" and self.reason:
+            parts.append(f"{self.reason} ({self.message})")
+        parts += [f"not {step.way}: {step.code}" for step in self.steps]
+        return ", ".join(parts)
+
+
+class Disks(msgspec.Struct):
+    disks: list[Disk]
 
 
 class Transferred(msgspec.Struct):
@@ -29,8 +105,9 @@ class TaskData(msgspec.Struct, rename="camel"):
     id: str | None = None
     progress: float = 0
     transfer: Transferred | None = None
-    error: Note | None = None
+    error: Error | None = None
     warnings: list[Note] = []
+    infos: list[Info] = []
 
     @property
     def about(self) -> str:
@@ -78,4 +155,4 @@ class TaskView(msgspec.Struct):
     def summary(self) -> str:
         """One line: what, how it stands, why it failed."""
         line = self.standing
-        return f"{line} ({self.data.error.message})" if self.data.error else line
+        return f"{line} ({self.data.error.shown})" if self.data.error else line

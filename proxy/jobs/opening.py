@@ -61,8 +61,7 @@ async def open_srs(
                 raise NotFound(f"no XAPI associated to {sr_id}", data={"id": sr_id})
             with deadline(f"opening SR {sr_id}", seconds):
                 xapi = await stack.enter_async_context(services.xapi(spec))
-            # what dead runs left may take long to remove: that is no reason to do without the SR
-            await services.sweeper.contact(root, xapi)
+            await services.sweeper.contact(root, xapi)  # takes as long as there is to sweep
             with deadline(f"looking at SR {sr_id}", seconds):
                 ref = await xapi.by_uuid("SR", sr_id)
                 opened.append(SrDestination(sr_id, xapi, ref, await xapi.record("SR", ref)))

@@ -67,6 +67,8 @@ async def run_vm_job(services: Services, job: VmJob, root: Task) -> None:
         else:
             destinations += srs
         if not destinations and settings.snapshot_retention == 0:
+            if not job.remote_ids and not job.sr_ids:
+                root.warning("the job has no remote, no SR and keeps no snapshot: nothing is done")
             return
         root.info("vms", {"vms": job.vms})
         run = _VmRun(services, job, root, destinations, checks)

@@ -17,7 +17,10 @@ The table of Xen Orchestra's outcomes is kept where it protects data.  Otherwise
   the remote, or somebody was still writing with the former key, they bring it back;
 - who only looks writes nothing: what one opening serves both, those who look and those who write
   (``set_up=False``), lets the latter call :func:`settle`.  Until then a remote that is empty and
-  nobody's is what it is; one that is empty but set up for another key is that error.
+  nobody's is what it is; one that is empty but set up for another key is that error;
+- what stays open from one run to the next is looked at again before each that writes: a remote
+  that was emptied meanwhile, with its two files, would be filled with what nobody could tell from
+  plain data, and one that got another key with what that key does not open.
 
 A crash between the two writes: ``metadata.json`` is first, and alone it says "the default
 algorithm, this key", to Xen Orchestra too; the next opening that may write writes the other one.
@@ -42,7 +45,8 @@ import trio
 from proxy.errors import Conflict, Corrupt, NotFound, ProxyError, Refused, Unauthorized, Unreachable
 from proxy.formats.encrypted import DEFAULT, Algorithm, FileCipher
 from proxy.remotes.encryption import DESCRIPTION, PROBE, Encrypted
-from proxy.remotes.wrapper import Operation, Wrapper
+from proxy.remotes.retry import Retry
+from proxy.remotes.wrapper import Operation, Wrapper, tries_again
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -115,13 +119,11 @@ async def unlocked(remote: Remote, key: str | None, *, set_up: bool = True) -> R
         roots.refuse_without_key()
         return remote
     if set_up:
-        return Encrypted(remote, await _settled(roots, key))
+        return Encrypted(remote, _accepted(remote, await _settled(roots, key)))
     cipher = roots.opened_by(key)
     if cipher is None:
         await roots.refuse_unless_empty(key)
-    elif roots.is_described:
-        return Encrypted(remote, _accepted(remote, cipher))
-    return _Unsettled(remote, key, roots, cipher)
+    return _Unlocked(remote, key, roots, cipher)
 
 
 async def _settled(roots: _Roots, key: str) -> FileCipher:
@@ -132,7 +134,7 @@ async def _settled(roots: _Roots, key: str) -> FileCipher:
         cipher = await _set_up(roots, key)
     elif not roots.is_described:
         await _describe_again(roots, cipher)
-    return _accepted(roots.remote, cipher)
+    return cipher
 
 
 def _accepted(remote: Remote, cipher: FileCipher) -> FileCipher:
@@ -295,32 +297,34 @@ class _Roots:
         return found
 
 
-class _Unsettled(Wrapper):
-    """A remote that lacks one of the two files or both, or is empty and another key's; for users of
-    whom some only look.
+class _Unlocked(Wrapper):
+    """A remote with a key, for users of whom some only look.
 
-    While it is nobody's, it is looked at before each operation whether somebody has set it up
-    meanwhile: from then on it is what that made of it.
+    While it is nobody's, empty or another key's, it is looked at before each operation whether
+    somebody has set it up meanwhile: from then on it is what that made of it.  What it is then is
+    looked at again for each that wants to write: it may have been emptied.
     """
 
     def __init__(self, storage: Remote, key: str, roots: _Roots, cipher: FileCipher | None) -> None:
         super().__init__(Encrypted(storage, cipher or FileCipher(roots.chosen(), key)))
         self._storage = storage
         self._key = key
-        self._opens = cipher is not None
+        self._cipher: FileCipher | None = None
+        """``None`` while it is nobody's."""
         self._settling = trio.Lock()
-        self._is_settled = False
+        if cipher is not None:
+            self._opened_by(cipher)
 
     async def around(self, operation: Operation, run: Callable[[], Awaitable[T]]) -> T:
-        if not self._opens and operation.verb != "aclose":
+        if self._cipher is None and operation.verb != "aclose":
             await self.look()
-            if not self._opens:
+            if self._cipher is None:
                 _refuse_change(operation)
         return await run()
 
     async def look(self) -> None:
         """Raise as :func:`unlocked` does, and when it is empty but another key's."""
-        if self._opens:
+        if self._cipher is not None:
             return
         roots = await _Roots.read(self._storage)
         cipher = roots.opened_by(self._key)
@@ -332,21 +336,21 @@ class _Unsettled(Wrapper):
 
     async def settle(self) -> None:
         """Write what is missing.  Several at once are fine."""
+        storage = self._storage
         async with self._settling:
-            if not self._is_settled:
-                roots = await _Roots.read(self._storage)
-                self._opened_by(await _settled(roots, self._key))
-                self._is_settled = True
+            # it is open already: a failure that passes is none of the run that comes now
+            roots = await _Roots.read(storage if tries_again(storage) else Retry(storage))
+            self._opened_by(await _settled(roots, self._key))
 
     def _opened_by(self, cipher: FileCipher) -> None:
-        if not self._opens:
+        if self._cipher is None or self._cipher.algorithm is not cipher.algorithm:
+            self._cipher = _accepted(self._storage, cipher)
             self.inner = Encrypted(self._storage, cipher)
-            self._opens = True
 
 
-def _unsettled(remote: Remote) -> _Unsettled | None:
+def _unlocked(remote: Remote) -> _Unlocked | None:
     while isinstance(remote, Wrapper):
-        if isinstance(remote, _Unsettled):
+        if isinstance(remote, _Unlocked):
             return remote
         remote = remote.inner
     return None
@@ -354,15 +358,15 @@ def _unsettled(remote: Remote) -> _Unsettled | None:
 
 async def settle(remote: Remote) -> None:
     """Set up what was opened without: for those who are about to write.  Nothing where it is
-    settled.  Raises what :func:`unlocked` does."""
-    if (found := _unsettled(remote)) is not None:
+    settled, which is looked at each time.  Raises what :func:`unlocked` does."""
+    if (found := _unlocked(remote)) is not None:
         await found.settle()
 
 
 async def look(remote: Remote) -> None:
     """For those who only look at what was opened without setting up: ``Unauthorized`` when it is
     empty, but was set up for another key."""
-    if (found := _unsettled(remote)) is not None:
+    if (found := _unlocked(remote)) is not None:
         await found.look()
 
 

@@ -60,19 +60,20 @@ def old_entries(
 
     Kept are the ``count`` youngest and, for each period of ``long_term``, the *oldest*
     entry of each of its last N non-empty periods.  The entries need no order: they are
-    sorted here, equal times keep the order given.  ``Refused`` (``EINVAL``) for a negative
-    count, an unknown period or a wrong time zone: then nothing is removed.
+    sorted here.  Those of one time are copies of one state, in several places where retention
+    counts over all of them: they count once, and stay or go together.  ``Refused`` (``EINVAL``)
+    for a negative count, an unknown period or a wrong time zone: then nothing is removed.
     """
     if count < 0:
         raise Refused(f"a retention of {count} is not possible", code="EINVAL")
-    ordered = sorted(range(len(entries)), key=lambda index: entries[index].timestamp)
+    ordered = sorted({entry.timestamp for entry in entries})
     kept = set(ordered[len(ordered) - min(count, len(ordered)) :])
-    for buckets in _all_buckets([entries[i].timestamp for i in ordered], long_term, timezone):
+    for buckets in _all_buckets(ordered, long_term, timezone):
         kept.update(ordered[position] for position in buckets[1].values())
     if long_term:
         # No period can be told for them, so none can be said to have enough.
-        kept.update(i for i in ordered if _local(entries[i].timestamp, _UTC) is None)
-    return [entry for index, entry in enumerate(entries) if index not in kept]
+        kept.update(time for time in ordered if _local(time, _UTC) is None)
+    return [entry for entry in entries if entry.timestamp not in kept]
 
 
 def period_tags(

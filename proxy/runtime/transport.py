@@ -56,11 +56,13 @@ def client_context(*, allow_unauthorized: bool) -> ssl.SSLContext:
     Hosts before XCP-ng 8.2 carry RSA-1024 or SHA-1 self-signed certificates: refusing the key
     of a peer whose identity is not checked anyway would gain nothing.
     """
-    context = ssl.create_default_context()
-    if allow_unauthorized:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    if not allow_unauthorized:
+        return ssl.create_default_context()
+    # Without the authorities that nobody will be asked about: reading them takes 40 ms of CPU.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
     return context
 
 

@@ -72,6 +72,23 @@ def test_an_error_is_one_line_and_its_faults(stub: Stub, xo_proxy: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("message", "data", "expected"),
+    [
+        ("job is already running", {"code": "EJOBRUNNING"}, "job is already running (EJOBRUNNING)"),
+        ("ENOENT: no such file", {"code": "ENOENT"}, "ENOENT: no such file"),
+        ("no such object", {"code": 7}, "no such object"),
+        ("what it was", "text", "what it was"),
+    ],
+)
+def test_an_error_is_told_with_the_code_to_look_it_up_by(
+    stub: Stub, xo_proxy: Any, message: str, data: Any, expected: str
+) -> None:
+    error = {"code": -32000, "message": message, "data": data}
+    stub.body = json.dumps({"error": error, "id": 0, "jsonrpc": "2.0"}).encode()
+    assert xo_proxy("call", "x", "--url", stub.url) == (1, "", f"xo-proxy: {expected}\n")
+
+
+@pytest.mark.parametrize(
     ("status", "body", "code", "text"),
     [
         (401, b"Unauthorized", 4, "does not accept the token"),
@@ -181,20 +198,40 @@ def test_a_pool_that_cannot_be_is_a_usage_error(xo_proxy: Any, words: tuple[str,
 def test_parameters_of_every_form() -> None:
     words = ("a=text=more", "b:=[1]", 'c=json:{"d":null}', "e=")
     expected = {"z": 1, "a": "text=more", "b": [1], "c": {"d": None}, "e": ""}
-    assert parse_params(words, '{"z": 1, "a": 2}') == expected
+    assert parse_params(words, ('{"z": 1, "a": 2}',)) == expected
+
+
+def test_objects_of_parameters_are_laid_over_each_other(tmp_path: Path) -> None:
+    """So that the secrets of pools and remotes stand in a file of their own."""
+    places = tmp_path / "places.json"
+    places.write_text('{"remotes": {"r1": {}}, "job": 1}')
+    given = (f"@{places}", '{"job": {"id": "j1"}}')
+    assert parse_params((), given) == {"remotes": {"r1": {}}, "job": {"id": "j1"}}
+
+
+@pytest.mark.parametrize("content", [None, b"\xff", b"{", b"[]"])
+def test_a_file_without_parameters_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "job.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(click.UsageError) as caught:
+        parse_params((), (f"@{file}",))
+    assert (str(file) in caught.value.message) is (content != b"[]")
 
 
 def test_parameters_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"a": 1}'))
-    assert parse_params((), "-") == {"a": 1}
+    assert parse_params((), ("-",)) == {"a": 1}
 
 
 @pytest.mark.parametrize(
-    ("words", "whole"), [(("a",), None), (("=b",), None), (("a:=x",), None), ((), "[1]")]
+    ("words", "objects"), [(("a",), ()), (("=b",), ()), (("a:=x",), ()), ((), ("[1]",))]
 )
-def test_other_parameters_are_usage_errors(words: tuple[str, ...], whole: str | None) -> None:
+def test_other_parameters_are_usage_errors(
+    words: tuple[str, ...], objects: tuple[str, ...]
+) -> None:
     with pytest.raises(click.UsageError):
-        parse_params(words, whole)
+        parse_params(words, objects)
 
 
 @pytest.mark.parametrize(

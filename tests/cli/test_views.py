@@ -32,7 +32,7 @@ RUN: dict[str, Any] = {
                         "name": "transfer",
                         "progress": 40,
                         "transfer": {"done": 4, "total": 10, "rate": 2, "eta": 3},
-                        "warnings": [{"message": "slow"}],
+                        "warnings": [{"message": "slow", "data": {"error": "no room"}}],
                     },
                 }
             ],
@@ -46,7 +46,7 @@ def test_a_task_is_outlined_with_its_children() -> None:
         "backup run nightly [x]: canceled 1:02 (by request)",
         "  backup VM web: success 1.5 s",
         "    transfer: pending 40 %",
-        "      warning: slow",
+        "      warning: slow: no room",
     ]
 
 
@@ -58,6 +58,56 @@ def test_an_error_stands_where_it_came_from() -> None:
     assert outline(TaskView.read(vm)) == [
         "backup VM: failure 1.0 s",
         "  transfer: failure 1.0 s (disk full)",
+    ]
+
+
+def test_an_error_has_the_code_to_look_it_up_by() -> None:
+    task: dict[str, Any] = {"id": "t", "start": 0, "end": 1000, "status": "failure"}
+    error = {"message": "the credentials of root", "code": "EAUTH"}
+    (line,) = outline(TaskView.read({**task, "data": {"name": "backup VM", "error": error}}))
+    assert line == "backup VM: failure 1.0 s (the credentials of root; EAUTH)"
+    error = {"message": "ENOSPC: no space left on device", "code": "ENOSPC"}
+    (line,) = outline(TaskView.read({**task, "data": {"name": "transfer", "error": error}}))
+    assert line == "transfer: failure 1.0 s (ENOSPC: no space left on device)"
+    stopped = {**task, "status": "canceled"}
+    error = {"message": "by request", "code": "ECANCELED"}
+    (line,) = outline(TaskView.read({**stopped, "data": {"name": "transfer", "error": error}}))
+    assert line == "transfer: canceled 1.0 s (by request)"
+
+
+def test_the_outline_says_how_each_disk_was_read_and_why_whole() -> None:
+    told = [
+        {
+            "disk": "d1",
+            "wanted": "full",
+            "reason": "NO_BACKUP",
+            "message": "the remote has no backup of this disk",
+            "got": "full",
+            "via": "nbd",
+            "steps": [{"way": "cbt", "code": "CBT_DISABLED", "message": "not tracked"}],
+        },
+        {"disk": "d2", "wanted": "delta", "base": "b", "got": "delta", "via": "stream"},
+        {"disk": "d3", "wanted": "delta"},
+    ]
+    waits = {"message": "waiting for whoever holds it", "data": {"reason": "Lock by h1"}}
+    infos = [
+        {"message": "vms", "data": {"vms": ["v"]}},
+        {"message": "disks", "data": {"disks": told}},
+        waits,
+        {"message": "disks", "data": "another program's"},
+        {"message": "alone"},
+    ]
+    task = {"id": "t", "start": 0, "end": 1000, "status": "success"}
+    assert outline(TaskView.read({**task, "data": {"name": "backup VM", "infos": infos}}))[1:] == [
+        (
+            "  disk d1: full over nbd, NO_BACKUP (the remote has no backup of this disk),"
+            " not cbt: CBT_DISABLED"
+        ),
+        "  disk d2: delta over stream",
+        "  disk d3: delta",
+        "  info: waiting for whoever holds it: Lock by h1",
+        "  info: disks",
+        "  info: alone",
     ]
 
 

@@ -7,8 +7,11 @@ is left on the pool or the remote, and the next run works.
 from __future__ import annotations
 
 import shutil
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -17,7 +20,9 @@ from proxy.config import Config
 from proxy.config.schema import RemotesConfig, XapiOptions
 from proxy.config.values import Seconds
 from proxy.errors import Refused, Unreachable
-from proxy.remotes.faults import Call, Fail, Gate, Torn
+from proxy.remotes.bounds import Bounded
+from proxy.remotes.factory import RemoteOptions, opened_remote
+from proxy.remotes.faults import Call, Fail, Faults, Gate, Torn
 from proxy.simulator import SimulatedPool
 
 from . import archives
@@ -88,7 +93,7 @@ async def test_an_http_answer_within_the_data(house: House, after: int | None, t
 
 @pytest.mark.parametrize("compression", ["", "native", "zstd"])
 @pytest.mark.parametrize("after", [600, MIB, 3 * MIB + 5])
-async def test_a_cut_archive_of_which_the_host_says_success(
+async def test_upstream_weakness_19_a_cut_archive_of_which_the_host_says_success(
     house: House, after: int, compression: str
 ) -> None:
     """remote-layout weakness 14: neither task nor HTTP tell; only the format does."""
@@ -246,6 +251,30 @@ async def test_a_remote_that_stops_answering_for_good(house: House) -> None:
         faults.add("list", Fail(error), times=99, skip=2)
         outcome = await house.run(house.request())
     await failed(house, outcome, "EIO")
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_upstream_weakness_20_a_target_that_stalls_holds_the_others_up_for_its_timeout_only(
+    house: House, mode: str
+) -> None:
+    """It is no failure of its own accord: the bound of a remote's operations makes it one."""
+
+    @asynccontextmanager
+    async def stalling(
+        spec: Mapping[str, Any], *, options: RemoteOptions
+    ) -> AsyncIterator[Bounded]:
+        async with opened_remote(spec, options=options) as remote:
+            faults = Faults(remote)
+            if spec["id"] == "remote2":
+                faults.add("create.write", Gate(), times=99)
+            yield Bounded(faults, at_once=16, seconds=0.5)
+
+    with mock.patch("proxy.jobs.services.opened_remote", stalling):
+        outcome = await house.run(house.request(mode=mode, remotes=("remote1", "remote2")))
+    status = {export["data"]["id"]: export["status"] for export in outcome.of("export")}
+    assert status == {"remote1": "success", "remote2": "failure"}
+    assert outcome.error("transfer")["code"] == "ETIMEDOUT"
+    assert [len(house.backups(name)) for name in ("remote1", "remote2")] == [1, 0]
 
 
 async def test_weakness_9_a_lock_that_is_lost_stops_the_run(house: House) -> None:

@@ -808,6 +808,14 @@ async def test_a_target_that_cannot_be_opened(house: House) -> None:
     assert (ends[0], ends[-1]) == ("failure", "success")
 
 
+async def test_a_job_that_has_nothing_to_do_says_so(house: House) -> None:
+    outcome = await house.run(house.request(remotes=()))
+    assert outcome.status == "success"
+    assert outcome.snapshot["data"]["warnings"] == [
+        {"message": "the job has no remote, no SR and keeps no snapshot: nothing is done"}
+    ]
+
+
 async def test_no_target_opens(house: House) -> None:
     (house.root / "remote1").write_text("a file where a folder should be")
     outcome = await house.run(house.request())

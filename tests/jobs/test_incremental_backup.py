@@ -95,7 +95,9 @@ async def test_a_chain_of_backups_restores_at_every_point(tmp_path: Path, remote
 
 
 @pytest.mark.parametrize("remote", KINDS)
-async def test_retention_merges_and_every_point_left_restores(tmp_path: Path, remote: str) -> None:
+async def test_upstream_weakness_24_retention_merges_in_the_run_and_its_log(
+    tmp_path: Path, remote: str
+) -> None:
     async with house_of(tmp_path) as house:
         points: list[list[str]] = []
         for number in range(5):
@@ -104,6 +106,7 @@ async def test_retention_merges_and_every_point_left_restores(tmp_path: Path, re
             points.append(digests(house))
             outcome = await back_up(house, remote, exportRetention=2)
             assert outcome.status == "success", outcome.snapshot
+            assert len(outcome.of("merge")) == (number >= 2)
         assert len(house.backups(remote)) == 2
         assert [len(names) for names in house.chains(remote).values()] == [2]
         found = [await restored(house, each, remote) for each in house.backups(remote)]
@@ -171,7 +174,9 @@ async def test_the_full_interval_makes_a_key_backup_and_says_so(tmp_path: Path) 
         ]
 
 
-async def test_a_new_disk_is_full_and_the_others_stay_deltas(tmp_path: Path) -> None:
+async def test_upstream_weakness_16_each_disk_knows_the_length_of_its_own_chain(
+    tmp_path: Path,
+) -> None:
     async with house_of(tmp_path) as house:
         await back_up(house)
         pool = house.pool
@@ -209,6 +214,14 @@ async def test_a_new_disk_is_full_and_the_others_stay_deltas(tmp_path: Path) -> 
             ("delta", None),
             ("full", "NEW_DISK"),
         ]
+        (snapshot,) = pool.snapshots()
+        lengths = [
+            pool.store.get("VDI", pool.store.by_uuid("VDI", uuid))["other_config"][
+                ownership.DELTA_CHAIN_LENGTH
+            ]
+            for uuid in pool.disk_uuids(snapshot)
+        ]
+        assert lengths == ["1", "0"]
         assert await restored(house, house.backups()[-1]) == digests(house)
 
 
@@ -251,8 +264,9 @@ async def test_a_host_that_cannot_compute_the_difference_sends_everything(tmp_pa
         assert await restored(house, house.backups()[-1]) == digests(house)
 
 
-async def test_another_codec_does_not_make_every_run_a_full(tmp_path: Path) -> None:
-    """Seen on Xen Orchestra: any codec but brotli made every base unmergeable."""
+async def test_upstream_weakness_8_another_codec_does_not_make_every_run_a_full(
+    tmp_path: Path,
+) -> None:
     from proxy.config import Config
     from proxy.config.schema import BackupsConfig, RemotesConfig
     from proxy.config.values import Seconds

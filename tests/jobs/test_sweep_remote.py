@@ -263,6 +263,23 @@ async def test_a_directory_that_a_live_run_holds_stays(house: House, dry_run: bo
     assert (await house.outcome(task)).status == "success"
 
 
+async def test_a_run_does_not_wait_for_a_sweep_of_the_whole_remote(house: House) -> None:
+    """Which takes hours where there is much; a run waits for the directory of its own VM alone."""
+    uuids = [house.pool.vm_uuid("vm1"), house.pool.vm_uuid("vm2")]
+    assert (await house.run(house.request(vms=uuids))).status == "success"
+    begin_anew(house)
+    async with house.faulty() as faults:
+        gate = faults.add("list", Gate(), path=f"*{uuids[0]}")
+        sweeping = start(house, "remote1")
+        with trio.fail_after(10):
+            await gate.reached.wait()
+            outcome = await house.run(house.request(vms=uuids[1:]))
+        assert outcome.status == "success"
+        assert sweeping.pending
+        gate.release.set()
+        assert (await house.outcome(sweeping)).status == "success"
+
+
 async def test_a_listing_that_fails_removes_nothing_there_and_the_others_go_on(
     house: House,
 ) -> None:
@@ -416,6 +433,22 @@ async def test_uploads_go_when_they_are_ours_and_old(
     assert {e["reason"].partition("; ")[2] for e in report["left"]} == {
         "no run of this daemon that died is known to have begun it"
     }
+
+
+async def test_uploads_that_cannot_be_listed_keep_nothing_else(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await good_run(house)
+    litter = put(vm_folder(house) / ORPHAN, age=2 * HOUR)
+
+    async def listed(remote: object, path: str) -> list[OpenUpload]:
+        raise Unreachable("a strange listing", code="EPROTO")
+
+    monkeypatch.setattr("proxy.jobs.sweep.remote_sweep.open_uploads_of", listed)
+    report = await sweep(house)
+    assert names(report["swept"]) == [("file", ORPHAN)]
+    assert not litter.exists()
+    assert report["error"] == "a strange listing"
 
 
 # -- object stores ------------------------------------------------------------------------------

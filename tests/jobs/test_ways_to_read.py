@@ -137,7 +137,9 @@ async def test_the_data_of_an_exported_snapshot_is_destroyed_and_deltas_go_on(
         assert await restored(house, house.backups()[-1]) == digests(house)
 
 
-async def test_the_data_stays_when_the_next_run_may_need_it(tmp_path: Path) -> None:
+async def test_upstream_weakness_15_data_stays_when_the_next_run_may_need_it(
+    tmp_path: Path,
+) -> None:
     """Seen on Xen Orchestra: the purge after an export without NBD made later runs fulls."""
     async with house_of(tmp_path) as house:
         outcome = await back_up(house, **PURGE)  # the pool has no NBD
@@ -148,7 +150,7 @@ async def test_the_data_stays_when_the_next_run_may_need_it(tmp_path: Path) -> N
         assert way(await back_up(house, **PURGE)) == ("delta", "stream")
 
 
-async def test_a_failed_run_destroys_no_data(tmp_path: Path) -> None:
+async def test_upstream_weakness_15_a_failed_run_destroys_no_data(tmp_path: Path) -> None:
     """Seen on Xen Orchestra: the purge ran also when the transfer had failed."""
     async with house_of(tmp_path) as house:
         house.pool.enable_nbd("insecure_nbd")

@@ -34,7 +34,7 @@ from proxy.runtime.secrets import scrub_text
 from tests.remotes.conftest import KEY, OPTIONS, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from proxy.remotes import Remote
@@ -386,6 +386,65 @@ async def test_an_opening_that_only_looked_repairs_when_somebody_wants_to_write(
         assert not (root / BOTH[0]).exists()
         await settle(remote)
     assert (root / BOTH[0]).read_bytes() == CHACHA
+
+
+@pytest.mark.parametrize("former", [CHACHA, GCM])
+async def test_a_remote_that_was_emptied_while_it_was_open_is_set_up_again(
+    root: Path, former: bytes
+) -> None:
+    """Else its backups would be taken for plain ones, and nothing could tell which key is right."""
+    algorithm = Algorithm.AES_256_GCM if former == GCM else Algorithm.CHACHA20_POLY1305
+    place(root, {BOTH[0]: former, BOTH[1]: whole_probe(algorithm)}, data=True)
+    async with looked_at(root, RIGHT) as remote:
+        await settle(remote)
+        shutil.rmtree(root / "xo-vm-backups")
+        for name in BOTH:
+            (root / name).unlink()
+        await settle(remote)
+        assert tree(root) == BOTH
+        await remote.write_file("xo-vm-backups/x", b"x")
+        async with looked_at(root, RIGHT) as other:
+            assert await other.read_file("xo-vm-backups/x") == b"x"
+
+
+@pytest.mark.parametrize("data", [False, True])
+async def test_an_open_remote_that_got_another_key_is_not_written_to(
+    root: Path, *, data: bool
+) -> None:
+    root.mkdir()
+    async with looked_at(root, RIGHT) as remote:
+        await settle(remote)
+        place(root, {BOTH[1]: whole_probe(key=WRONG)}, data=data)
+        before = content(root)
+        if data:
+            with pytest.raises(Unauthorized, match="does not open this remote"):
+                await settle(remote)
+            assert content(root) == before
+        else:  # an empty one is whose it is that writes first
+            await settle(remote)
+            assert await opening(root, RIGHT)
+
+
+async def test_a_failure_that_passes_does_not_cost_a_run_its_remote(root: Path) -> None:
+    place(root, {BOTH[0]: CHACHA, BOTH[1]: whole_probe()})
+
+    class Unsteady(Wrapper):
+        fails = 0
+
+        async def read_files(
+            self, paths: Sequence[str], *, limit: int = 16 * 1024 * 1024
+        ) -> Sequence[bytes | ProxyError]:
+            self.fails -= 1
+            if self.fails >= 0:
+                return [Unreachable("busy") for _ in paths]
+            return await super().read_files(paths, limit=limit)
+
+    storage = Unsteady(await LocalRemote.open(str(root), url="file:///x"))
+    remote = await unlocked(storage, RIGHT, set_up=False)
+    storage.fails = 1
+    await settle(remote)
+    assert storage.fails == 0
+    await remote.aclose()
 
 
 async def test_who_looks_is_told_of_another_key_that_came_meanwhile(root: Path) -> None:

@@ -146,7 +146,7 @@ def test_no_long_term_no_tags() -> None:
 
 def test_order_of_timestamps_does_not_fail_a_run() -> None:
     """Upstream asserts strictly increasing timestamps: a mirrored older backup fails it."""
-    entries = [on("2025-01-07T10:00"), on("2025-01-05T10:00"), on("2025-01-05T10:00")]
+    entries = [on("2025-01-07T10:00"), on("2025-01-05T11:00"), on("2025-01-05T10:00")]
     long_term = {"daily": {"retention": 5}}
     assert len(old_entries(0, entries, long_term, "UTC")) == 1
     mirrored = on("2025-01-06T10:00").timestamp
@@ -215,3 +215,12 @@ def test_days_in_utc_agree_with_a_plain_count(entries: list[At], retention: int)
         oldest[day] = min(oldest.get(day, (float("inf"), "")), (entry.timestamp, str(index)))
     wanted = {oldest[day][1] for day in sorted(oldest)[-retention:]}
     assert set(rest) == wanted
+
+
+def test_entries_of_one_time_count_once() -> None:
+    """Several places have the same backup: counted twice, it would push out another one."""
+    entries = [At(time, place) for time in (1, 2, 3) for place in "ab"]
+    assert old_entries(3, entries) == []
+    assert old_entries(2, entries) == entries[:2]
+    days = [At(on(f"2025-03-0{n}T00:00").timestamp, place) for n in (1, 2) for place in "ab"]
+    assert old_entries(0, days, {"daily": {"retention": 2}}, "UTC") == []

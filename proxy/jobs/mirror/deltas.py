@@ -16,6 +16,7 @@ from proxy.jobs.incremental_metadata import ExportedDisk
 from proxy.jobs.incremental_target import IncrementalTarget
 from proxy.jobs.mirror.disks import known_sums, need_of, open_disks, refuse_strange_blocks
 from proxy.jobs.mirror.source import Unchanged, carried
+from proxy.jobs.opening import failed
 from proxy.jobs.target import DiskPart, IncrementalCopy, Progress
 from proxy.repository import list_vm_backups
 
@@ -88,7 +89,7 @@ async def _groups(
     targets: Sequence[MirrorTarget],
     options: CopyOptions,
 ) -> list[_Group]:
-    """By what they need.  A remote that cannot say is noted as failed and in none of them."""
+    """By what they need.  A remote that cannot say is a failed ``export`` and in none of them."""
     groups: dict[tuple[int, ...], _Group] = {}
     for target in targets:
         try:
@@ -96,6 +97,8 @@ async def _groups(
             needs = [await need_of(target, job.id, disk, damaged) for disk in disks]
         except ProxyError as error:
             target.errors.append(error)
+            export = task.child("export", id=target.id, isFull=False, type="remote")
+            await failed(export, error)
             continue
         for disk, need in zip(disks, needs, strict=True):
             if need.why_whole is not None:

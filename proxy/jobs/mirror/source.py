@@ -10,6 +10,7 @@ import msgspec
 from proxy.errors import Conflict, NotFound, ProxyError
 from proxy.repository import read_backup
 from proxy.repository.cache import read_directory
+from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ async def look(remote: Remote, vm_uuid: str, mode: str, wanted: Filter | None) -
     if wanted is None:
         return Found(backups, backups, unreadable)
     if wanted.fields <= _SUMMARY:
-        known = [backup for backup in backups if wanted.matches(_summary(backup))]
+        known = await in_thread(Work.CPU, _matching, backups, wanted)
         return Found(backups, known, unreadable)
     matching: list[Backup] = []
     for backup in backups:
@@ -65,9 +66,15 @@ async def look(remote: Remote, vm_uuid: str, mode: str, wanted: Filter | None) -
         except ProxyError as error:
             unreadable[backup.id.rpartition("/")[2]] = error
             continue
-        if wanted.matches({**record.metadata, "id": backup.id, "_filename": backup.id}):
+        fields = {**record.metadata, "id": backup.id, "_filename": backup.id}
+        if await in_thread(Work.CPU, wanted.matches, fields):
             matching.append(backup)
     return Found(backups, matching, unreadable)
+
+
+def _matching(backups: Sequence[Backup], wanted: Filter) -> list[Backup]:
+    """In a thread: a long filter takes its time, in which locks must be kept."""
+    return [backup for backup in backups if wanted.matches(_summary(backup))]
 
 
 def _summary(backup: Backup) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Follower:
 
     def is_still(self, record: Record) -> bool:
         """Whether the VM is as it was when it was found fit: nobody came in between."""
-        return why_not_ours(record) is None and record.get("VBDs") == self.record.get("VBDs")
+        drives = sorted(record.get("VBDs") or [])
+        return why_not_ours(record) is None and drives == sorted(self.record.get("VBDs") or [])
 
 
 async def find_follower(target: SrTarget, replicas: Sequence[Replica]) -> Follower | str:

@@ -107,9 +107,13 @@ class Sweeper:
             return await sweep_pool(xapi, self._tasks.installation, self.fate, dry_run=dry_run)
 
     async def sweep_remote(self, remote: Remote, *, owner: str, dry_run: bool) -> Report:
-        """Sweep it now, asked for by a client; ``owner`` is the id of the run that does it."""
+        """Sweep it now, asked for by a client; ``owner`` is the id of the run that does it.
+
+        Runs that come to the remote meanwhile do not wait for the whole of it: the locks of its
+        directories keep them apart.
+        """
         await self._tasks.flush()
-        async with self._lock("remote", remote.url):
+        async with self._lock("asked", remote.url):
             return await sweep_remote(
                 remote, self.fate, owner=owner, dry_run=dry_run, culprit=self._culprit
             )

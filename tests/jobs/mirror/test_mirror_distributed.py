@@ -6,6 +6,7 @@ from pathlib import Path
 
 from proxy.errors import Unreachable
 from proxy.remotes.faults import Fail
+from proxy.repository import lock_vm
 from tests.jobs.conftest import House
 
 from .mirrors import Stock, contents, house_with, mirror, times
@@ -72,3 +73,25 @@ async def test_archives_go_to_one_remote(tmp_path: Path, stock: Stock) -> None:
         assert len(holders(house)) == 1
         again = await mirror(house, *TWO, settings=DISTRIBUTED, source="archives", mode="full")
         assert again.of("transfer") == []
+
+
+async def test_copies_that_two_remotes_have_count_once(tmp_path: Path, stock: Stock) -> None:
+    """While one cannot be had, the other gets what that one has too."""
+    settings = {**DISTRIBUTED, "exportRetention": 4, "getRemoteTimeout": 200}
+    async with house_with(stock, tmp_path) as house:
+        some = {"timestamp": {"__or": times(house, "source")[:2]}}
+        await mirror(house, *TWO, settings=settings, filter=some)
+        (holder,) = holders(house)
+        (other,) = set(TWO) - {holder}
+        async with house.services.remote(house.remote_spec(holder)) as remote:
+            async with lock_vm(remote, stock.vm, owner="a run"):
+                outcome = await mirror(house, *TWO, settings=settings)
+        assert outcome.status == "failure"
+        assert times(house, other) == times(house, "source")
+        outcome = await mirror(house, *TWO, settings=settings)
+        assert outcome.status == "success", outcome.snapshot
+        assert {*times(house, holder), *times(house, other)} == {*times(house, "source")}
+        outcome = await mirror(house, *TWO, settings={**settings, "exportRetention": 3})
+        assert times(house, holder) == times(house, "source")[1:2]
+        assert await contents(house, other) == stock.chain[1:]
+        house.clean_remotes()

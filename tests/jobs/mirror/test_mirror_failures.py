@@ -348,6 +348,15 @@ async def test_weakness_9_a_failed_remote_does_not_make_the_others_write_again(
         assert len(written) == len(set(written)) == 8
 
 
+async def test_a_remote_that_cannot_say_what_it_has_is_named(tmp_path: Path, stock: Stock) -> None:
+    async with house_with(stock, tmp_path) as house, house.faulty() as faults:
+        faults.add("list", Fail(Unreachable("broken")), path=f"xo-vm-backups/*/vdis/{MIRROR_JOB}/*")
+        outcome = await mirror(house, "remote1", "remote2")
+        assert outcome.status == "failure"
+        assert statuses(outcome, "remote1")[-1] == "failure"
+        assert statuses(outcome, "remote2") == ["success"] * 4
+
+
 # -- locks ----------------------------------------------------------------------------------------
 
 
