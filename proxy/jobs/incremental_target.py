@@ -40,7 +40,7 @@ class IncrementalTarget(DiskParts):
     async def run(self, export: Task) -> None:
         copy, settings = self._copy, self.target.settings
         old, tags = await plan_retention(
-            self.target, copy.schedule_id, copy.timestamp, mode="delta"
+            export, self.target, copy.schedule_id, copy.timestamp, mode="delta"
         )
         most = settings.max_merged_deltas_per_run
         # The oldest few, and of these the youngest first: whatever is left stays a chain.

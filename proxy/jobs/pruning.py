@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from proxy.jobs.disk_snapshots import destroy_group, expired_groups, list_disk_snapshots
 from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
+from proxy.jobs.vm_backup import DESTROY_SECONDS
+from proxy.runtime.deadlines import undo_within
 from proxy.xapi import vms
 
 if TYPE_CHECKING:
+    from proxy.jobs.disk_snapshots import Group
     from proxy.jobs.vm_backup import VmBackup
 
 Record = dict[str, Any]
@@ -19,7 +24,7 @@ async def prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:
 
     A job that makes deltas keeps its newest exported one, whatever retention says and whether
     this attempt has targets or not: the next delta begins there.  ``include_unfinished``: those
-    that dead runs left half-made go too.  May be cancelled between any two, and run again.
+    that dead runs left half-made go too.  A cancel is felt between two of them; can be run again.
     """
     xapi = backup.xapi
     vm = await xapi.record("VM", backup.vm_ref)
@@ -29,7 +34,20 @@ async def prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:
         await _all(backup, vm, include_orphans=include_unfinished)
     if include_unfinished:
         for ref in await unfinished_snapshots(xapi, vm, backup.installation, backup.is_live_run):
-            await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+            await _destroy(backup, ref)
+
+
+async def _destroy(backup: VmBackup, ref: str) -> None:
+    """Whole: a snapshot that lost its VM and kept its disks would be found by the next run only."""
+    await trio.lowlevel.checkpoint()
+    with undo_within("pruning a snapshot", DESTROY_SECONDS):
+        await vms.destroy_vm(backup.xapi, ref, bypass_blocked=True)
+
+
+async def _destroy_group(backup: VmBackup, group: Group) -> None:
+    await trio.lowlevel.checkpoint()
+    with undo_within("pruning a snapshot", DESTROY_SECONDS):
+        await destroy_group(backup.xapi, group)
 
 
 def _retention(backup: VmBackup, schedule: str) -> int:
@@ -40,7 +58,7 @@ async def _beyond_the_base(backup: VmBackup, vm: Record) -> None:
     xapi = backup.xapi
     groups = await list_disk_snapshots(xapi, vm, backup.job.id)
     for group in expired_groups(groups, lambda schedule: _retention(backup, schedule)):
-        await destroy_group(xapi, group)
+        await _destroy_group(backup, group)
     # Of a VM without disks there is no group, and nothing that could be a base.
     known = {one.vm_ref for group in groups for one in group}
     without_disks = [
@@ -49,16 +67,16 @@ async def _beyond_the_base(backup: VmBackup, vm: Record) -> None:
         if one.ref not in known and not await vms.disks(xapi, await xapi.record("VM", one.ref))
     ]
     for one in expired(without_disks, lambda schedule: _retention(backup, schedule)):
-        await vms.destroy_vm(xapi, one.ref, bypass_blocked=True)
+        await _destroy(backup, one.ref)
 
 
 async def _all(backup: VmBackup, vm: Record, *, include_orphans: bool) -> None:
     xapi = backup.xapi
     snapshots = await list_snapshots(xapi, vm, backup.job.id)
     for one in expired(snapshots, lambda schedule: _retention(backup, schedule)):
-        await vms.destroy_vm(xapi, one.ref, bypass_blocked=True)
+        await _destroy(backup, one.ref)
     if include_orphans:
         # A run that died here before left disks whose VM it had destroyed already.
         for group in await list_disk_snapshots(xapi, vm, backup.job.id):
             if all(one.vm_ref is None for one in group):
-                await destroy_group(xapi, group)
+                await _destroy_group(backup, group)

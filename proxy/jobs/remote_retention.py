@@ -30,18 +30,20 @@ class Entry:
 
 
 async def plan_retention(
-    target: RemoteTarget, schedule_id: str, timestamp: int, *, mode: str
+    task: Task, target: RemoteTarget, schedule_id: str, timestamp: int, *, mode: str
 ) -> tuple[list[Entry], list[str]]:
     """Which backups of this schedule the new one makes too old, and the periods it opens.
 
-    Counted are those on ``target`` and on its neighbours.  Only backups of the same ``mode``
-    count for retention; a period belongs to its first backup, whatever that is.
+    Counted are those on ``target`` and on its neighbours; of a neighbour that cannot be listed
+    all stay, with a warning of ``task``: it is no reason to make no backup elsewhere.  Only
+    backups of the same ``mode`` count for retention; a period belongs to its first backup,
+    whatever that is.
     """
     settings = target.settings
     entries = [
         Entry(backup, each)
         for each in (target, *target.neighbours)
-        for backup in await list_vm_backups(each.remote, each.vm_uuid)
+        for backup in await _list(task, each, must=each is target)
         if backup.schedule_id == schedule_id
     ]
     long_term = settings.long_term_retention or None
@@ -52,6 +54,24 @@ async def plan_retention(
         old = old_entries(count, same_mode, long_term, settings.timezone)
         old.sort(key=lambda entry: entry.timestamp)
     return old, period_tags(entries, timestamp, long_term, settings.timezone)
+
+
+async def _list(task: Task, target: RemoteTarget, *, must: bool) -> list[Backup]:
+    try:
+        return await list_vm_backups(target.remote, target.vm_uuid)
+    except ProxyError as error:
+        if must:
+            raise
+        tell_uncounted(task, target.remote_id, error)
+        return []
+
+
+def tell_uncounted(task: Task, target_id: str, error: ProxyError) -> None:
+    """Say that retention knows nothing of a neighbour: more is kept than asked for."""
+    task.warning(
+        "what another target has cannot be counted: all of it is kept",
+        {"id": target_id, "error": error.message},
+    )
 
 
 async def delete_old(task: Task, old: Sequence[Entry]) -> None:

@@ -106,8 +106,8 @@ class RemoteTarget:
         self.lock = lock
         self.neighbours: list[RemoteTarget] = []
         """On which retention counts too."""
-        """There it would be of other bytes than the stored ones, whose tag says more."""
-        self._remote_id = target_id
+        self.remote_id = target_id
+        """Stays when the target speaks for others too."""
         self.vm_uuid = vm_uuid
         self._job_id = job_id
         self._damage = damage
@@ -121,6 +121,7 @@ class RemoteTarget:
 
     @property
     def stores_md5(self) -> bool:
+        """Not where it would be of other bytes than the stored ones, whose tag says more."""
         return not self.remote.is_encrypted
 
     async def space(self) -> int | None:
@@ -131,9 +132,7 @@ class RemoteTarget:
 
     @contextlib.asynccontextmanager
     async def export(self, task: Task, *, is_full: bool) -> AsyncIterator[Task]:
-        async with task.child(
-            "export", id=self._remote_id, isFull=is_full, type="remote"
-        ) as export:
+        async with task.child("export", id=self.remote_id, isFull=is_full, type="remote") as export:
             with told(export, self.remote):
                 yield export
 
@@ -174,7 +173,9 @@ class RemoteTarget:
 
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         settings = self.settings
-        old, tags = await plan_retention(self, copy.schedule_id, copy.timestamp, mode="full")
+        old, tags = await plan_retention(
+            export, self, copy.schedule_id, copy.timestamp, mode="full"
+        )
         if settings.delete_first:
             await delete_old(export, old)
         async with open_full_backup(self.remote, copy.vm_uuid, copy.timestamp) as writer:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from proxy.jobs.rate_limit import RateLimit
-from proxy.runtime.deadlines import deadline
+from proxy.runtime.deadlines import time_limit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,7 +35,8 @@ class RunLimits:
         self._root = root
         self.rate = RateLimit(rate)
         self._slots = trio.Semaphore(int(concurrency) if concurrency >= 1 else max(1, parts))
-        self._ends_at = trio.current_time() + timeout / 1000 if timeout else float("inf")
+        self._timeout = timeout / 1000
+        self._ends_at = trio.current_time() + self._timeout if timeout else float("inf")
 
     async def in_slot(
         self,
@@ -64,5 +65,4 @@ class RunLimits:
     def time_limit(self) -> AbstractContextManager[object]:
         """Bounds the block by what is left of the run's time."""
         left = self._ends_at - trio.current_time()
-        # to ``deadline`` 0 is no bound
-        return deadline("the job's timeout", 0.0 if left == float("inf") else max(left, 0.001))
+        return time_limit("the job's timeout", self._timeout, left=left)

@@ -18,7 +18,7 @@ from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
 from proxy.jobs.run_limits import RunLimits
 from proxy.jobs.vm_backup import Defaults, VmBackup, refuse_vm
-from proxy.runtime.deadlines import deadline
+from proxy.runtime.deadlines import time_limit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -133,7 +133,7 @@ class _VmRun:
                 settings = self._job.settings.vm(vm_uuid, vm.get("tags", ()))
                 with (
                     self._limits.time_limit(),
-                    deadline("the VM's timeout", settings.vm_timeout / 1000),
+                    time_limit("the VM's timeout", settings.vm_timeout / 1000),
                 ):
                     await self._attempts(task, xapi, ref, vm, settings)
 

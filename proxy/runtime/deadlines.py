@@ -27,6 +27,25 @@ def deadline(name: str, seconds: float) -> Iterator[trio.CancelScope]:
         raise _expired(name, seconds)
 
 
+@contextlib.contextmanager
+def time_limit(name: str, seconds: float, *, left: float | None = None) -> Iterator[None]:
+    """As :func:`deadline`, for a limit of a user's on work that goes on as it should.
+
+    The error says that the limit of ``seconds`` is over, also where only what is ``left`` of it
+    bounds this block.
+    """
+    with trio.CancelScope() as scope:
+        if seconds > 0:
+            scope.deadline = trio.current_time() + (seconds if left is None else max(0.0, left))
+        yield
+    if scope.cancelled_caught:
+        raise Unreachable(
+            f"{name} of {seconds:g} s is over",
+            code="ETIMEDOUT",
+            data={"deadline": name, "seconds": float(seconds)},
+        )
+
+
 class Inactivity:
     """Bounds the time between two signs of life, not the whole (see :func:`inactivity`)."""
 

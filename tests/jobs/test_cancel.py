@@ -256,3 +256,24 @@ async def test_restore_cancelled_at(house: House, stage: str) -> None:
     assert json.dumps(outcome.log[-1]["result"]["code"]) == '"ECANCELED"'
     await house.clean()
     assert house.backups() == [backup]
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_cancel_while_an_old_snapshot_is_destroyed_leaves_no_disk_of_it(
+    house: House, mode: str
+) -> None:
+    """There are more than retention keeps when the run begins: it was made shorter."""
+    for _ in range(2):
+        keep = house.request(mode=mode, settings={"snapshotRetention": 2})
+        assert (await house.run(keep)).status == "success"
+    gate = house.pool.pause_at("VM.destroy", stage="after")
+    request = house.request(mode=mode, settings={"snapshotRetention": 1})
+    task = house.services.start_backup(request)
+    with trio.fail_after(10):
+        await gate.reached()
+    task.cancel()
+    await trio.sleep(0.05)
+    gate.release()
+    assert (await house.outcome(task)).status == "canceled"
+    assert len(house.pool.snapshots()) == 1
+    assert house.pool.leftovers().keys() <= {"snapshots"}

@@ -226,3 +226,24 @@ async def test_a_retry_of_a_delta_goes_elsewhere(tmp_path: Path) -> None:
         assert outcome.status == "success", outcome.snapshot
         assert places(house) == {"remote1": 1, "remote2": 1}
         assert await restored(house, house.backups("remote2")[0], "remote2") == digests(house)
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_remote_that_cannot_be_listed_keeps_what_it_has_and_stops_no_other(
+    tmp_path: Path, mode: str
+) -> None:
+    async with house_of(tmp_path) as house, house.faulty("remote1") as faults:
+        with room(remote1=20, remote2=10) as free:
+            assert (await run(house, mode)).status == "success"
+            free["remote2"] = 30
+            faults.add("list", Fail(Unreachable("gone")), path="xo-vm-backups/*", times=99)
+            outcome = await run(house, mode, exportRetention=1, fullInterval=1)
+        assert transfers(outcome)["remote2"] == 1
+        assert places(house) == {"remote1": 1, "remote2": 1}
+        (warning,) = [
+            warning
+            for export in outcome.of("export")
+            for warning in export["data"].get("warnings", [])
+        ]
+        assert warning["data"] == {"id": "remote1", "error": "gone"}
+        assert outcome.status == "failure", "its directory could not be cleaned"

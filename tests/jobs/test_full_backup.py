@@ -709,6 +709,7 @@ async def test_upstream_weakness_1_time_limits_end_the_run(
     outcome = await house.run(house.request(settings={setting: 700}))
     error = outcome.error("backup VM")
     assert (error["code"], error["deadline"]) == ("ETIMEDOUT", name)
+    assert error["message"] == f"{name} of 0.7 s is over"
     assert outcome.status == "failure"
     assert outcome.of("clean-vm") == [], "what nobody asked to stop was not cancelled"
     await house.clean()
@@ -722,8 +723,9 @@ async def test_vms_that_wait_behind_the_jobs_timeout_fail_too(tmp_path: Path) ->
         settings = {"timeout": 600, "concurrency": 1}
         outcome = await house.run(house.request(vms=uuids, settings=settings))
         assert [vm["status"] for vm in outcome.of("backup VM")] == ["failure", "failure"]
-        codes = {vm["data"]["error"]["code"] for vm in outcome.of("backup VM")}
-        assert codes == {"ETIMEDOUT"}
+        errors = [vm["data"]["error"] for vm in outcome.of("backup VM")]
+        assert {error["code"] for error in errors} == {"ETIMEDOUT"}
+        assert {error["message"] for error in errors} == {"the job's timeout of 0.6 s is over"}
         assert vm_record(house, "vm2")["blocked_operations"] == {}
         await house.clean()
 

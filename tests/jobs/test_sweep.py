@@ -15,6 +15,7 @@ import trio
 
 from proxy.jobs.sweep import Fate, sweep_pool
 from proxy.simulator import SimulatedPool
+from proxy.tasks import Task
 from proxy.xapi import XapiOptions, connect, ownership
 from proxy.xapi.snapshots import TEMPORARY_NAME
 
@@ -266,7 +267,7 @@ async def test_a_restore_that_dies_anywhere_is_recognised(
 
 async def test_runs_that_contact_no_pool_are_let_go_of(house: House) -> None:
     """A daemon may live for months on mirrors and metadata alone."""
-    ended = []
+    ended: list[weakref.ref[Task]] = []
     for _ in range(3):
         outcome = await house.run(replace(house.request(remotes=()), xapis={}))
         ended.append(weakref.ref(outcome.task))

@@ -17,7 +17,7 @@ from proxy.jobs.mirror.vm_mirror import VmMirror
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.run_limits import RunLimits
 from proxy.repository import list_vms
-from proxy.runtime.deadlines import deadline
+from proxy.runtime.deadlines import deadline, time_limit
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -173,6 +173,6 @@ class _MirrorRun:
                 return
             with (
                 self._limits.time_limit(),
-                deadline("the VM's timeout", job.vm(vm_uuid).vm_timeout / 1000),
+                time_limit("the VM's timeout", job.vm(vm_uuid).vm_timeout / 1000),
             ):
                 await mirror.run()

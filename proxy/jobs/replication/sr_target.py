@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from proxy.errors import ProxyError
 from proxy.jobs.health_check import wanted
 from proxy.jobs.job_snapshots import keys_of
+from proxy.jobs.remote_retention import tell_uncounted
 from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
@@ -171,10 +172,7 @@ class SrTarget:
         """All that the job keeps here, oldest first; and those of its schedule that are one too
         many, counted with the neighbours'."""
         job, settings = self.backup.job, self.settings
-        found = [
-            await list_replicas(each.xapi, each.sr_uuid, self.backup.uuid, job.id, job.schedule_id)
-            for each in (self, *self._neighbours)
-        ]
+        found = [await self._list(export, each) for each in (self, *self._neighbours)]
         for replica in found[0]:
             await self._tidy(export, replica)
         old: list[Replica] = []
@@ -184,6 +182,18 @@ class SrTarget:
             old = old_entries(count, ours)
             old.sort(key=lambda replica: replica.timestamp)
         return found[0], old
+
+    async def _list(self, export: Task, on: SrTarget) -> list[Replica]:
+        job = self.backup.job
+        try:
+            return await list_replicas(
+                on.xapi, on.sr_uuid, self.backup.uuid, job.id, job.schedule_id
+            )
+        except ProxyError as error:
+            if on is self:
+                raise
+            tell_uncounted(export, on.sr_uuid, error)
+            return []
 
     async def _tidy(self, export: Task, replica: Replica) -> None:
         """A run that broke off when its replica was complete left its marks on it."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import trio
 
 from proxy.errors import Refused
+from proxy.tasks import Task
+from proxy.xapi import Xapi
 
 from .conftest import MIB, Pair, open_pair
 from .test_incremental_replication import got
@@ -153,3 +157,35 @@ async def test_a_remote_and_an_sr_of_one_id_are_refused(pair: Pair) -> None:
     """One would stand for the other, and get both backups or none."""
     with pytest.raises(Refused, match="both a remote and an SR"):
         pair.start(remotes=(pair.sr,))
+
+
+async def test_a_long_sweep_of_its_pool_is_no_reason_to_do_without_an_sr(pair: Pair) -> None:
+    sweeper = pair.house.services.sweeper
+    contact = sweeper.contact
+
+    async def long(root: Task, xapi: Xapi) -> None:
+        await trio.sleep(1.2)
+        await contact(root, xapi)
+
+    with mock.patch.object(sweeper, "contact", long):
+        await pair.good(settings={"getRemoteTimeout": 1000})
+    assert len(pair.replicas()) == 1
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_pool_that_cannot_be_listed_keeps_its_replicas_and_stops_no_other(
+    tmp_path: Path, mode: str
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        srs = (pair.sr_uuid(0), pair.sr_uuid(1))
+        settings = {"distributeReplications": True, "copyRetention": 1}
+        await pair.good(srs=srs, mode=mode, settings=settings)
+        pair.there.fail("VM.get_all_records", nth=2, error=("INTERNAL_ERROR", "no"))
+        outcome = await pair.good(srs=srs, mode=mode, settings=settings)
+        (warning,) = [
+            warning
+            for export in outcome.of("export")
+            for warning in export["data"].get("warnings", [])
+        ]
+        assert warning["data"]["id"] in srs
+        await pair.quiet()
