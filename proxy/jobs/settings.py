@@ -16,7 +16,8 @@ from proxy.repository import old_entries
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-_Count = Annotated[int, msgspec.Meta(ge=0)] | Annotated[float, msgspec.Meta(ge=0)]
+_RANGE = msgspec.Meta(ge=0, le=2**53)  # to JSON, what is larger may be infinite
+_Count = Annotated[int, _RANGE] | Annotated[float, _RANGE]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -89,6 +89,7 @@ def test_upstream_weakness_1_what_nobody_reads_is_told_with_its_reason() -> None
     ("wrong", "told"),
     [
         ({"exportRetention": -1}, "exportRetention"),
+        ({"exportRetention": float("inf")}, "exportRetention"),
         ({"nRetriesVmBackupFailures": -1}, "nRetriesVmBackupFailures"),
         ({"longTermRetention": {"daily": {"retention": 2}}}, "time zone"),
         ({"longTermRetention": {"hourly": {"retention": 2}}, "timezone": "UTC"}, "hourly"),
