@@ -167,6 +167,8 @@ class Many(ProxyError):
     def __init__(self, message: str, errors: Sequence[BaseException]) -> None:
         super().__init__(message)
         self.errors = list(errors)
+        self.canceled: frozenset[str] = frozenset()
+        """Ids of the targets that somebody cancelled: they are not worth another attempt."""
 
     @classmethod
     def all_targets(cls, step: str, errors: Sequence[BaseException]) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from proxy.errors import Canceled
+from proxy.errors import Canceled, Many
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -27,11 +27,12 @@ async def try_targets(
     """Make up to ``tries`` attempts at the targets ``wanted``, each at those that are missing.
 
     ``attempt`` gets its number, from 1, and the targets; it returns the ids of those that failed
-    and are worth another attempt, or raises when nothing came of it.  ``has`` says whether a
-    target has its backup from the present attempt.  Each new attempt is a retry in the log of
-    ``task``, with ``message``; what it says of targets that are not tried again, whose tasks have
-    the ids that ``export_ids`` tells, goes on to count.  Raises what the last attempt raised;
-    targets that failed beside others that did not speak for themselves in the log.
+    and are worth another attempt, or raises when nothing came of it; ``Many.canceled`` then names
+    those that are not.  ``has`` says whether a target has its backup from the present attempt.
+    Each new attempt is a retry in the log of ``task``, with ``message``; what it says of targets
+    that are not tried again, whose tasks have the ids that ``export_ids`` tells, goes on to count.
+    Raises what the last attempt raised; targets that failed beside others that did not speak for
+    themselves in the log.
     """
     missing = dict(wanted)
     for number in range(1, tries + 1):
@@ -41,7 +42,9 @@ async def try_targets(
         except Canceled:
             raise
         except Exception as caught:  # noqa: BLE001  raised below when no attempt is left
-            failed, error = [one for one in missing if not has(one)], caught
+            canceled = caught.canceled if isinstance(caught, Many) else frozenset[str]()
+            failed = [one for one in missing if not has(one) and one not in canceled]
+            error = caught
         if error is None and not failed:
             return
         done = bool(missing) and not failed  # and the trouble came afterwards

@@ -61,6 +61,7 @@ class DistributedDestination:
         export, and the others go on."""
         errors: list[Exception] = []
         targets: list[Target] = []
+        free: dict[str, int | None] = {}
         async with contextlib.AsyncExitStack() as stack:
             for member in self._members:
                 there = backup.job.settings.target(backup.uuid, member.id)
@@ -68,6 +69,8 @@ class DistributedDestination:
                     continue
                 try:
                     target = await stack.enter_async_context(member.target(task, backup, there))
+                    # an SR has nothing to lock: only now is its pool asked anything
+                    free[target.id] = await target.space()
                 except ProxyError as error:
                     errors.append(error)
                     export = task.child("export", **member.properties, isFull=True)
@@ -82,7 +85,7 @@ class DistributedDestination:
                 raise Refused("no target is left for this VM", code="ENOTARGET")
             avoided = self._failed.setdefault(backup.uuid, set())
             distributed = DistributedTarget(
-                self.id, settings, targets, await roomiest(targets, avoided)
+                self.id, settings, targets, avoided, _with_most(targets, free, avoided)
             )
             try:
                 yield distributed
@@ -91,13 +94,17 @@ class DistributedDestination:
                     avoided.add(distributed.member)
 
 
-async def roomiest(targets: Sequence[Target], avoided: Collection[str] = ()) -> Target:
+async def roomiest(targets: Sequence[Target]) -> Target:
     """The one with most free space, any of those that have most; if none says, any.
 
-    Those whose ids are ``avoided`` only if there is no other.  Raises ``Refused`` with
-    upstream's message when some have a limit and others have none.
+    Raises ``Refused`` with upstream's message when some have a limit and others have none.
     """
-    free = {target.id: await target.space() for target in targets}
+    return _with_most(targets, {target.id: await target.space() for target in targets})
+
+
+def _with_most(
+    targets: Sequence[Target], free: Mapping[str, int | None], avoided: Collection[str] = ()
+) -> Target:
     limited = {key: space for key, space in free.items() if space is not None and space > 0}
     if limited and len(limited) != len(free) and any(space is None for space in free.values()):
         raise Refused(
@@ -105,7 +112,7 @@ async def roomiest(targets: Sequence[Target], avoided: Collection[str] = ()) -> 
             code="EINVAL",
             data={"available": free},
         )
-    candidates = [target for target in targets if target.id not in avoided] or list(targets)
+    candidates = _preferred(targets, avoided)
     most = max(limited.get(target.id, 0) for target in candidates)
     # evenly, where nothing tells them apart: nobody can foresee or steer it, nor needs to
     return random.choice(  # noqa: S311
@@ -113,15 +120,26 @@ async def roomiest(targets: Sequence[Target], avoided: Collection[str] = ()) -> 
     )
 
 
+def _preferred(targets: Sequence[Target], avoided: Collection[str]) -> list[Target]:
+    """Those whose ids are ``avoided`` only if there is no other."""
+    return [target for target in targets if target.id not in avoided] or list(targets)
+
+
 class DistributedTarget:
     """One VM on its one member.  The others take part in retention and are cleaned."""
 
     def __init__(
-        self, target_id: str, settings: Settings, members: Sequence[Target], chosen: Target
+        self,
+        target_id: str,
+        settings: Settings,
+        members: Sequence[Target],
+        avoided: Collection[str],
+        chosen: Target,
     ) -> None:
         self.id = target_id
         self.settings = settings
         self._members = members
+        self._candidates = _preferred(members, avoided)
         self._export: Task | None = None
         self._incremental = False
         self._known = {member.id: member for member in members}
@@ -167,7 +185,9 @@ class DistributedTarget:
                 await member.clean(parent, merge=merge)
 
     async def check_health(self, parent: Task, backup: VmBackup, **properties: Any) -> None:
-        await self._chosen.check_health(parent, backup, **properties)
+        """Its task is known by the member's id, as the export is: a retry keeps both by it."""
+        known = {"id": self.member} if "id" in properties else {}
+        await self._chosen.check_health(parent, backup, **{**properties, **known})
 
     async def write_full(self, export: Task, copy: FullCopy, consumer: Consumer) -> None:
         await self._use().write_full(export, copy, consumer)
@@ -180,10 +200,14 @@ class DistributedTarget:
     async def find_bases(
         self, snapshots: Mapping[str, DiskSnapshot], *, by_content: bool = False
     ) -> Mapping[str, Refusal]:
-        """The member that has most of them is chosen; where none has any, the choice stands."""
+        """The member that has most of them is chosen; where none has any, the choice stands.
+
+        One where an attempt of this run failed has none, if there is any other: a chain that
+        cannot be written to must not keep the VM from its backup.
+        """
         refused: Mapping[str, Refusal] = {}
         fewest = len(snapshots)
-        for member in self._members:
+        for member in self._candidates:
             there = await member.find_bases(snapshots)
             if len(there) < fewest:
                 fewest, refused = len(there), there

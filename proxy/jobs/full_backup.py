@@ -11,9 +11,8 @@ import trio
 from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
 from proxy.jobs.copying import Check, FanOut, NoConsumers
-from proxy.jobs.disk_snapshots import destroy_group, list_disk_snapshots
-from proxy.jobs.job_snapshots import expired, list_snapshots, unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
+from proxy.jobs.pruning import prune
 from proxy.jobs.target import FullCopy, now_ms, to_try_again
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
 from proxy.runtime.buffers import BufferPool
@@ -48,9 +47,10 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> li
         if not task.cancel_requested:
             await _clean(task, targets)
         raise
-    if not task.cancel_requested:
-        await _check(task, backup, targets)
-        await _clean(task, targets)
+    # A cancel that came when all was stored: nothing more is begun, and the task must say so.
+    await trio.lowlevel.checkpoint()
+    await _check(task, backup, targets)
+    await _clean(task, targets)
     return failed
 
 
@@ -58,7 +58,7 @@ async def _with_the_vm_kept(task: Task, backup: VmBackup, targets: Sequence[Targ
     """The part of an attempt during which the VM must not move."""
     async with block_migration(backup.xapi, backup.vm_ref):
         await ownership.reset_keys(backup.xapi, backup.vm_ref)
-        await _prune(backup, include_unfinished=True)
+        await prune(backup, include_unfinished=True)
         off = shuts_down(backup)
         async with restarted(task, backup, needed=off) as start_now:
             if off:
@@ -81,7 +81,7 @@ async def _snapshot_and_export(
                 await start_now()
         failed = await _export(task, backup, ref, await backup.xapi.record("VM", ref), targets)
     with undo_within("pruning the snapshots", DESTROY_SECONDS):
-        await _prune(backup)
+        await prune(backup)
     return failed
 
 
@@ -95,29 +95,6 @@ def _needs_snapshot(
         or settings.snapshot_retention != 0
         or any(NO_BACKUP in vdi.get("name_label", "") for _, _, vdi in disks)
     )
-
-
-async def _prune(backup: VmBackup, *, include_unfinished: bool = False) -> None:
-    """Destroy this job's snapshots beyond their schedule's retention."""
-    xapi = backup.xapi
-    vm = await xapi.record("VM", backup.vm_ref)
-    snapshots = await list_snapshots(xapi, vm, backup.job.id)
-    levels = backup.job.settings
-    gone = [
-        one.ref
-        for one in expired(
-            snapshots, lambda schedule: levels.snapshot_retention(schedule, backup.uuid)
-        )
-    ]
-    if include_unfinished:
-        gone += await unfinished_snapshots(xapi, vm, backup.installation, backup.is_live_run)
-    for ref in gone:
-        await vms.destroy_vm(xapi, ref, bypass_blocked=True)
-    if include_unfinished:
-        # A run that died here before left disks whose VM it had destroyed already.
-        for group in await list_disk_snapshots(xapi, vm, backup.job.id):
-            if all(one.vm_ref is None for one in group):
-                await destroy_group(xapi, group)
 
 
 # -- copies -------------------------------------------------------------------------------------

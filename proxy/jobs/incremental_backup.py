@@ -16,15 +16,10 @@ from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
 from proxy.jobs.disk_copying import DiskFanOut
-from proxy.jobs.disk_snapshots import (
-    destroy_group,
-    expired_groups,
-    list_disk_snapshots,
-    list_disk_snapshots_of_others,
-)
+from proxy.jobs.disk_snapshots import list_disk_snapshots, list_disk_snapshots_of_others
 from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disks
-from proxy.jobs.job_snapshots import unfinished_snapshots
 from proxy.jobs.power import restarted, shut_down
+from proxy.jobs.pruning import prune
 from proxy.jobs.target import DiskPart, IncrementalCopy, Progress, now_ms, to_try_again
 from proxy.jobs.undo import undo_step
 from proxy.jobs.vm_backup import DESTROY_SECONDS, VmBackup, shuts_down, snapshot
@@ -124,7 +119,7 @@ class _Attempt:
                 others=await self._snapshots_of_others(),
             )
             await ownership.reset_keys(xapi, backup.vm_ref)
-            await self._prune(include_unfinished=True)
+            await prune(backup, include_unfinished=True)
             off = shuts_down(backup)
             async with restarted(self._task, backup, needed=off) as start_now:
                 if off:
@@ -139,7 +134,7 @@ class _Attempt:
                     await self._export(nursery, ref, choices)
                 if self._stored:
                     with undo_within("pruning the snapshots", DESTROY_SECONDS):
-                        await self._prune()
+                        await prune(backup)
                     await self._drop_data(ref)
 
     async def _snapshots_of_others(self) -> list[Group]:
@@ -200,22 +195,6 @@ class _Attempt:
             "other_config",
             {ownership.DELTA_CHAIN_LENGTH: str(longest), ownership.EXPORTED: "true"},
         )
-
-    async def _prune(self, *, include_unfinished: bool = False) -> None:
-        """Destroy this job's snapshots beyond their schedule's retention, never the next base."""
-        backup, xapi = self._backup, self._xapi
-        vm = await xapi.record("VM", backup.vm_ref)
-        groups = await list_disk_snapshots(xapi, vm, backup.job.id)
-        levels = backup.job.settings
-        for group in expired_groups(
-            groups, lambda schedule: levels.snapshot_retention(schedule, backup.uuid)
-        ):
-            await destroy_group(xapi, group)
-        if include_unfinished:
-            for ref in await unfinished_snapshots(
-                xapi, vm, backup.installation, backup.is_live_run
-            ):
-                await vms.destroy_vm(xapi, ref, bypass_blocked=True)
 
     async def _enable_cbt(self) -> None:
         for _, ref, _ in await vms.disks(self._xapi, self._backup.vm):

@@ -78,6 +78,14 @@ def understand(request: BackupRequest, defaults: Sequence[Any]) -> VmJob:
     levels = SettingLevels(job.get("settings") or {}, schedule_id, defaults)
     remote_ids = ids_of(job.get("remotes"))
     sr_ids = ids_of(job.get("srs"))
+    both = sorted(set(remote_ids) & set(sr_ids))
+    if both:
+        # settings, the log and retries tell targets apart by their ids
+        raise Refused(
+            f"the job names both a remote and an SR by the id {both[0]}",
+            code="EINVAL",
+            data={"id": both[0]},
+        )
     levels.refuse_wrong([*remote_ids, *sr_ids])
     compression = job.get("compression") or ""
     return VmJob(

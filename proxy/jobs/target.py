@@ -263,7 +263,9 @@ def to_try_again(
         raise next(iter(errors.values()))
     if all(isinstance(error, Canceled) for error in errors.values()):
         raise Canceled("every target was canceled")
-    raise Many.all_targets(step, list(errors.values()))
+    failed = Many.all_targets(step, list(errors.values()))
+    failed.canceled = frozenset(key for key, one in errors.items() if isinstance(one, Canceled))
+    raise failed
 
 
 def now_ms() -> int:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from proxy.errors import Canceled, Refused
+from proxy.errors import Canceled, Many, Refused
 from proxy.jobs.attempts import try_targets
 from proxy.tasks import Task
 
@@ -79,3 +79,14 @@ async def test_trouble_after_every_backup_is_no_reason_for_another() -> None:
 async def test_what_was_cancelled_is_not_tried_again() -> None:
     with pytest.raises(Canceled):
         await attempts(Canceled("stop"))
+
+
+async def test_one_that_was_cancelled_while_another_failed_is_not_tried_again() -> None:
+    failed = Many("all", [Canceled("stop"), Refused("no")])
+    failed.canceled = frozenset({"a+b"})
+    asked, log = await attempts(failed, set())
+    assert asked == [["a+b", "c"], ["c"]]
+    assert log.retries == [({"attempt": 1, "error": "all"}, {"a", "b"})]
+    failed.canceled = frozenset({"a+b", "c"})
+    with pytest.raises(Many):
+        await attempts(failed)

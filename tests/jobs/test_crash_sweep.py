@@ -216,6 +216,8 @@ async def test_what_a_killed_daemon_left_is_swept(tmp_path: Path) -> None:
                 await gate.reached()
             if "lock" in stage.swept:  # the target is opened beside the source
                 await until(lambda: bool(list(lab.remote.rglob("*.lock"))))
+            if stage.method == "metadata":
+                await until(lambda: bool(list(lab.remote.glob(f"{POOL_BACKUPS}/*/*/*Z/*"))))
             await lab.kill()
             gate.release()
             with trio.fail_after(10):

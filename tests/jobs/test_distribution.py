@@ -190,11 +190,39 @@ async def test_a_cancel_leaves_nothing_on_any_remote(tmp_path: Path, mode: str) 
         await house.clean()
 
 
-async def test_a_failed_question_for_room_fails_the_vm(house: House) -> None:
+async def test_a_remote_that_does_not_say_its_room_is_left_out(house: House) -> None:
+    async def space(target: RemoteTarget) -> int | None:
+        if target.id == "remote1":
+            raise Refused("it does not say", code="EIO")
+        return 10
+
+    with mock.patch.object(RemoteTarget, "space", space):
+        outcome = await run(house, "full")
+    assert outcome.status == "failure"
+    assert outcome.error("export")["code"] == "EIO"
+    assert places(house) == {"remote1": 0, "remote2": 1}
+    await house.clean()
+
+
+async def test_without_any_room_that_is_known_the_vm_fails(house: House) -> None:
     async def space(target: RemoteTarget) -> int | None:
         raise Refused(f"{target.id} does not say", code="EIO")
 
     with mock.patch.object(RemoteTarget, "space", space):
         outcome = await run(house, "full")
-    assert outcome.error("backup VM")["code"] == "EIO"
+    assert [each["code"] for each in outcome.error("backup VM")["errors"]] == ["EIO", "EIO"]
     await house.clean()
+
+
+async def test_a_retry_of_a_delta_goes_elsewhere(tmp_path: Path) -> None:
+    """Where the base is nothing can be written any more."""
+    async with house_of(tmp_path) as house, house.faulty("remote1") as faults:
+        with room(remote1=20, remote2=10):
+            assert (await run(house, "delta")).status == "success"
+            change(house, 1, 1)
+            faults.fill_after(0)
+            outcome = await run(house, "delta", nRetriesVmBackupFailures=1)
+            faults.fill_after(None)
+        assert outcome.status == "success", outcome.snapshot
+        assert places(house) == {"remote1": 1, "remote2": 1}
+        assert await restored(house, house.backups("remote2")[0], "remote2") == digests(house)

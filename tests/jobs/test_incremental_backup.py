@@ -522,3 +522,30 @@ async def test_a_restore_goes_on_while_its_chain_is_merged(tmp_path: Path) -> No
         assert outcome.status == "success", outcome.snapshot
         ref = house.pool.store.by_uuid("VM", outcome.snapshot["data"]["result"]["id"])
         assert [house.pool.digest(each) for each in house.pool.disk_uuids(ref)] == point
+
+
+async def test_a_run_whose_targets_are_all_away_keeps_the_base(tmp_path: Path) -> None:
+    """It takes its rolling snapshot only, and the next run is a delta all the same."""
+    async with house_of(tmp_path, disk_size=4 * MIB) as house:
+        keep: dict[str, Any] = {"snapshotRetention": 1}
+        assert (await back_up(house, **keep)).status == "success"
+        spec = house.remotes.pop("remote1")
+        house.remotes["remote1"] = {**spec, "url": "nope://x"}
+        for _ in range(2):
+            away = await back_up(house, **keep)
+            assert away.status == "failure"
+            assert away.of("snapshot")
+        house.remotes["remote1"] = spec
+        change(house, 1, 1)
+        back = await back_up(house, **keep)
+        assert back.status == "success", back.snapshot
+        assert [record["got"] for record in disk_records(back)] == ["delta"]
+        assert len(house.pool.snapshots()) == 1
+
+
+async def test_snapshots_of_a_vm_without_disks_are_pruned(tmp_path: Path) -> None:
+    async with house_of(tmp_path, disks_per_vm=0) as house:
+        for _ in range(3):
+            outcome = await back_up(house, snapshotRetention=1)
+            assert outcome.status == "success", outcome.snapshot
+        assert len(house.pool.snapshots()) == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +262,15 @@ async def test_a_restore_that_dies_anywhere_is_recognised(
         assert found.errors == []
         left = pool.leftovers()
         assert {key: left[key] for key in ("vms", "vdis", "importing") if key in left} == {}
+
+
+async def test_runs_that_contact_no_pool_are_let_go_of(house: House) -> None:
+    """A daemon may live for months on mirrors and metadata alone."""
+    ended = []
+    for _ in range(3):
+        outcome = await house.run(replace(house.request(remotes=()), xapis={}))
+        ended.append(weakref.ref(outcome.task))
+        del outcome
+    await house.services.tasks.flush()
+    gc.collect()
+    assert [each() for each in ended[:-1]] == [None, None]

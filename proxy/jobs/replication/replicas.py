@@ -11,9 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from proxy.errors import ProxyError
 from proxy.jobs.job_snapshots import keys_of
 from proxy.jobs.replication.keys import timestamp_of
+from proxy.jobs.undo import UNDO_SECONDS
+from proxy.runtime.deadlines import undo_within
+from proxy.runtime.trouble import tell_trouble
 from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.snapshots import TEMPORARY_NAME
 from proxy.xapi.vdi_compare import is_unchanged
@@ -114,17 +119,21 @@ async def delete_replicas(
     snapshots.
 
     One that somebody has taken over since it was listed stays, with a warning.  All are
-    tried; the first error is raised.  Can be run again after a failure or a cancel.  Disks
-    that outlive their VM get ``marks``, for the next sweep.
+    tried; the first error is raised.  Can be run again after a failure or a cancel, which is
+    felt between two replicas.  Disks get ``marks`` and the temporary name before the VM that
+    they would be found by is gone: what outlives it is for the next sweep.
     """
     errors: list[ProxyError] = []
     for replica in reversed(old):
+        await trio.lowlevel.checkpoint()
         try:
-            await _delete(task, replica, marks, in_use)
+            with undo_within("deleting an old replica", UNDO_SECONDS):
+                await _delete(task, replica, marks, in_use)
         except ProxyError as error:
             errors.append(error)
     if errors:
         raise errors[0]
+    await trio.lowlevel.checkpoint()
 
 
 async def _delete(
@@ -142,31 +151,53 @@ async def _delete(
                 {"vm": record["uuid"], "name": record["name_label"], "reason": taken},
             )
             return
-        await _destroy(xapi, replica.ref, record, marks)
+        await _destroy(xapi, [(replica.ref, record)], marks)
         return
     follower = await _left_follower(replica, in_use)
-    await _destroy(xapi, replica.ref, record, marks)
+    # The VM first: without its snapshot nobody would know what it was.
+    both = [(replica.ref, record)]
     if follower is not None:
-        await _destroy(xapi, follower, await xapi.record("VM", follower), marks)
+        both.insert(0, (follower, await xapi.record("VM", follower)))
+    await _destroy(xapi, both, marks)
 
 
-async def _destroy(xapi: Xapi, ref: str, record: Record, marks: Mapping[str, str]) -> None:
-    disks = await vms.disks(xapi, record)
+async def _destroy(
+    xapi: Xapi, found: Sequence[tuple[str, Record]], marks: Mapping[str, str]
+) -> None:
+    """Destroy VMs, in this order; those that a failure leaves have their disks as before."""
+    condemned: dict[str, list[tuple[str, Record]]] = {}
     try:
-        await vms.destroy_vm(xapi, ref, bypass_blocked=True)
+        for vm_ref, record in found:
+            ours = condemned.setdefault(vm_ref, [])
+            for _, vdi_ref, vdi in await vms.disks(xapi, record):
+                if not await is_used_elsewhere(xapi, vdi):
+                    ours.append((vdi_ref, vdi))
+                    await _condemn(xapi, vdi_ref, vdi, marks)
+        for vm_ref, _ in found:
+            await vms.destroy_vm(xapi, vm_ref, bypass_blocked=True)
     except ProxyError:
-        if await vms.record_or_none(xapi, "VM", ref) is None:
-            for _, vdi_ref, vdi in disks:
-                await _condemn(xapi, vdi_ref, vdi, marks)
+        for vm_ref, disks in condemned.items():
+            await _reprieve(xapi, vm_ref, disks)
         raise
 
 
 async def _condemn(xapi: Xapi, ref: str, vdi: Record, marks: Mapping[str, str]) -> None:
-    """Make a disk that nobody has any more known as unfinished: nobody would find it."""
-    if await vms.record_or_none(xapi, "VDI", ref) is None:
-        return
+    """Make a disk that nobody is going to have any more known as unfinished."""
     await xapi.call("VDI.set_other_config", ref, {**keys_of(vdi), **marks})
     await xapi.call("VDI.set_name_label", ref, TEMPORARY_NAME)
+
+
+async def _reprieve(xapi: Xapi, vm_ref: str, disks: Sequence[tuple[str, Record]]) -> None:
+    """Give the disks of a VM that is still there their names and keys again."""
+    try:
+        if await vms.record_or_none(xapi, "VM", vm_ref) is None:
+            return
+        for ref, vdi in disks:
+            if await vms.record_or_none(xapi, "VDI", ref) is not None:
+                await xapi.call("VDI.set_name_label", ref, vdi["name_label"])
+                await xapi.call("VDI.set_other_config", ref, keys_of(vdi))
+    except ProxyError as error:
+        tell_trouble("could not give the disks of an old replica their names", error, vm=vm_ref)
 
 
 def _taken_over(record: Record) -> str | None:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Fate(StrEnum):
-    """What became of a run; the value says why something of it stays."""
+    """What became of a run; the value says why something of it stays.
+
+    A run ended well when every attempt in it did: one that had to try again may have left what its
+    first attempt could not undo, and counts as dead.
+    """
 
     DEAD = "its run ended, and not well"
     LIVE = "its run is at work"

@@ -26,11 +26,17 @@ _SLACK_SECONDS = 2.0
 """By which a store's clock may differ from ours, and what it tells in whole seconds."""
 
 
-class _Outcome(msgspec.Struct):
+class _Outcome(msgspec.Struct, kw_only=True):
     status: str
+    tasks: list[_Outcome] = []
+
+    @property
+    def is_well(self) -> bool:
+        """Also of an attempt that a later one replaced: what it could not undo nobody else will."""
+        return self.status == Status.SUCCESS and all(task.is_well for task in self.tasks)
 
 
-class _Root(_Outcome):
+class _Root(_Outcome, kw_only=True):
     id: str
     start: int
     end: int = 0
@@ -52,6 +58,7 @@ class Sweeper:
 
     def ended(self, root: Task) -> None:
         """A run is about to end, however."""
+        self._ended_badly()  # lets go of those before it: perhaps no pool is ever contacted
         self._ending.append(root)
 
     async def contact(self, root: Task, xapi: Xapi) -> None:
@@ -128,9 +135,7 @@ class Sweeper:
         return self._locks.setdefault((kind, name), trio.Lock())
 
     def _ended_badly(self) -> int:
-        self._bad += sum(
-            not root.pending and root.status is not Status.SUCCESS for root in self._ending
-        )
+        self._bad += sum(not root.pending and not _is_well(root) for root in self._ending)
         self._ending = [root for root in self._ending if root.pending]
         return self._bad
 
@@ -139,12 +144,17 @@ class Sweeper:
         if not run:
             return Fate.UNKNOWN
         try:
-            status = msgspec.json.decode(await self._tasks.get(run), type=_Outcome).status
+            outcome = msgspec.json.decode(await self._tasks.get(run), type=_Outcome)
         except NoSuchObject:
             return Fate.UNKNOWN  # forgotten, or another life's: nothing says that it is dead
-        if status == Status.PENDING:
+        if outcome.status == Status.PENDING:
             return Fate.LIVE
-        return Fate.WELL if status == Status.SUCCESS else Fate.DEAD
+        return Fate.WELL if outcome.is_well else Fate.DEAD
+
+
+def _is_well(task: Task) -> bool:
+    """As :attr:`_Outcome.is_well`."""
+    return task.status is Status.SUCCESS and all(_is_well(child) for child in task.children)
 
 
 def _tell(root: Task, report: Report, where: str) -> bool:

@@ -117,6 +117,14 @@ class Pair:
         uuid = self.here.disk_uuids(self.here.vm("vm1"))[disk]
         self.here.write(uuid, block * BLOCK + 4096, bytes([fill]) * 8192)
 
+    def orphans(self) -> list[str]:
+        """Names of disks on the other pool that no VM has."""
+        return [
+            vdi["name_label"]
+            for _, vdi in self.there.store.all("VDI")
+            if vdi["managed"] and not vdi["VBDs"]
+        ]
+
     def uploads(self) -> list[int]:
         """Bytes of each import on the other pool so far."""
         return [

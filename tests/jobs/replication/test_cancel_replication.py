@@ -148,6 +148,25 @@ async def test_a_full_replication_cancelled_at_any_stage(tmp_path: Path) -> None
         assert pair.digests(pair.vms()[0]) == pair.live()
 
 
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_a_cancel_while_an_old_replica_is_deleted_leaves_no_disk_of_it(
+    tmp_path: Path, mode: str
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        keep: dict[str, Any] = {"mode": mode, "settings": {"copyRetention": 1}}
+        await pair.good(**keep)
+        pair.change(1, 1)
+        gate = pair.there.pause_at("VM.destroy", stage="after")
+        task = pair.start(**keep)
+        with trio.fail_after(10):
+            await gate.reached()
+        assert (await cancel(pair, task)).status == "canceled"
+        assert pair.orphans() == []
+        assert pair.digests(pair.vms()[0]) == pair.live()
+        assert len(pair.vms()) == 1
+        await pair.quiet()
+
+
 async def test_one_sr_is_cancelled_alone(tmp_path: Path) -> None:
     async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
         srs = (pair.sr_uuid(0), pair.sr_uuid(1))
@@ -164,6 +183,28 @@ async def test_one_sr_is_cancelled_alone(tmp_path: Path) -> None:
         (ref,) = pair.vms()
         assert pair.digests(ref) == pair.live()
         assert len(pair.house.backups()) == 1
+        await pair.quiet()
+
+
+async def test_an_sr_that_is_cancelled_while_another_fails_is_not_tried_again(
+    tmp_path: Path,
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        srs = (pair.sr_uuid(0), pair.sr_uuid(1))
+        gate = pair.there.pause_at("/import_raw_vdi", at_bytes=MIB)
+        task = pair.start(srs=srs, settings={"nRetriesVmBackupFailures": 1})
+        await gate.reached()
+        (vm,) = task.children
+        export = next(each for each in vm.children if each.properties.get("id") == srs[1])
+        pair.there.fail("VM.create", error=("SR_FULL", "no"))
+        await pair.house.services.tasks.cancel(export.id)
+        gate.release()
+        outcome = await pair.house.outcome(task)
+        ended = [(each["data"]["id"], each["status"]) for each in outcome.of("export")]
+        assert ended == [(srs[0], "failure"), (srs[1], "canceled"), (srs[0], "success")]
+        assert outcome.status == "canceled"
+        (ref,) = pair.vms()
+        assert pair.digests(ref) == pair.live()
         await pair.quiet()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -138,3 +139,19 @@ async def test_marks_on_a_replica_that_is_complete_are_taken_off(tmp_path: Path,
         points = [pair.digests(ref) for ref in (pair.replicas() or pair.vms())]
         assert points
         assert points == [pair.live()] * len(points)
+
+
+@pytest.mark.parametrize("mode", ["full", "delta"])
+async def test_disks_of_an_old_replica_that_was_being_deleted_are_swept(
+    tmp_path: Path, mode: str
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        keep: dict[str, Any] = {"mode": mode, "settings": {"copyRetention": 1}}
+        await pair.good(**keep)
+        pair.change(1, 1)
+        await die_at(pair, ("VM.destroy", {"stage": "after"}), **keep)
+        assert len(pair.orphans()) == 1
+        await pair.good(**keep)
+        assert pair.orphans() == []
+        assert len(pair.vms()) == 1
+        await pair.quiet()

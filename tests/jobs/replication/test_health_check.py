@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,24 @@ async def test_a_guest_that_does_not_boot_leaves_the_replica(tmp_path: Path) -> 
         (replica,) = pair.vms()
         assert pair.digests(replica) == pair.live()
         await pair.quiet()
+
+
+async def test_a_failed_check_of_distributed_targets_counts_after_a_retry_of_others(
+    tmp_path: Path,
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * 1024 * 1024) as pair:
+        pair.there.boot_seconds = -1
+        pair.there.fail("/import", error=("SR_FULL", "no"))
+        remotes = ("remote1", "remote2")
+        retried = {"distributeBackups": True, "nRetriesVmBackupFailures": 1}
+        request = pair.request(mode="full", remotes=remotes, settings=retried)
+        checked = dict.fromkeys(remotes, settings(pair, "the replica's SR", healthCheckTimeout=300))
+        levels = {**request.job["settings"], **checked}
+        request = replace(request, job={**request.job, "settings": levels})
+        outcome = await pair.house.run(request)
+        (task,) = outcome.of("health check")
+        assert task["status"] == "failure"
+        assert task["data"]["id"] in remotes
+        assert outcome.status == "failure", "only the SR was tried again"
+        assert len(pair.vms()) == 1
+        assert trials(pair.there) == []

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy.errors import Refused
+
 from .conftest import MIB, Pair, open_pair
 from .test_incremental_replication import got
 
@@ -145,3 +147,9 @@ async def test_weakness_4_a_replica_is_checked_or_not_and_its_export_ends(
                 assert got(outcome) == [("full", "delta")[number]]
         assert len(pair.vms()) == (2 if mode == "full" else 1)
         await pair.quiet()
+
+
+async def test_a_remote_and_an_sr_of_one_id_are_refused(pair: Pair) -> None:
+    """One would stand for the other, and get both backups or none."""
+    with pytest.raises(Refused, match="both a remote and an SR"):
+        pair.start(remotes=(pair.sr,))

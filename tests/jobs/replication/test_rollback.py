@@ -234,3 +234,16 @@ async def test_a_disk_of_an_old_replica_that_cannot_be_destroyed_goes_later(
 def test_the_pools_of_these_tests_differ() -> None:
     """A reference of one pool must never be by chance the right one on the other."""
     assert SimulatedPool(seed=77).srs[0] != SimulatedPool(seed=0).srs[0]
+
+
+async def test_what_an_attempt_could_not_undo_goes_though_its_retry_went_well(
+    tmp_path: Path,
+) -> None:
+    async with open_pair(tmp_path, disk_size=4 * MIB) as pair:
+        pair.there.fail("VM.create", error=("SR_FULL", "no"))
+        pair.there.fail("VDI.destroy", error=("SR_BACKEND_FAILURE_80", "no"))
+        outcome = await pair.run(settings={"nRetriesVmBackupFailures": 1})
+        assert outcome.status == "success", outcome.snapshot
+        assert troubles(outcome) == ["could not destroy a half-made disk"]
+        await pair.good()
+        await pair.quiet()
