@@ -14,7 +14,7 @@ from proxy.jobs.remote_retention import delete_old, plan_retention
 from proxy.repository.incremental_writer import open_incremental_backup
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from proxy.jobs.remote_target import RemoteTarget
     from proxy.jobs.target import DiskPart, IncrementalCopy
@@ -27,10 +27,17 @@ class IncrementalTarget(DiskParts):
     """Stores the disks that it is given, then the metadata, on one remote."""
 
     def __init__(
-        self, target: RemoteTarget, copy: IncrementalCopy, parents: Mapping[str, Parent]
+        self,
+        target: RemoteTarget,
+        copy: IncrementalCopy,
+        parents: Mapping[str, Parent],
+        *,
+        others: Collection[str] = (),
     ) -> None:
+        """``others``: names that the backup cannot have."""
         super().__init__(copy)
         self.target = target
+        self._others = others
         self._parents = parents
 
     @property
@@ -48,7 +55,11 @@ class IncrementalTarget(DiskParts):
         if settings.delete_first:
             await delete_old(export, old)
         async with open_incremental_backup(
-            self.target.remote, copy.vm_uuid, copy.timestamp, after=copy.newest_parent
+            self.target.remote,
+            copy.vm_uuid,
+            copy.timestamp,
+            after=copy.newest_parent,
+            others=self._others,
         ) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, copy.progress.total, estimated=True)

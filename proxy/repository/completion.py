@@ -15,7 +15,7 @@ from proxy.runtime.deadlines import undo_within
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
     from proxy.remotes.interface import Remote
 
@@ -99,14 +99,21 @@ async def names_in(remote: Remote, directory: str) -> list[str]:
         return []
 
 
-async def free_date(remote: Remote, directory: str, timestamp_ms: float, *, after: str = "") -> str:
+async def free_date(
+    remote: Remote,
+    directory: str,
+    timestamp_ms: float,
+    *,
+    after: str = "",
+    others: Collection[str] = (),
+) -> str:
     """The first date name from ``timestamp_ms`` on that nothing in ``directory`` has.
 
-    It also sorts behind ``after``.  A temporary file and an orphan take a name too: their
-    writer may still live where the storage has no locks.
+    Nor do ``others`` have it, and it sorts behind ``after``.  A temporary file and an orphan take
+    a name too: their writer may still live where the storage has no locks.
     """
     names = await names_in(remote, directory)
-    taken = {match[0] for name in names for match in DATE_NAME.finditer(name)}
+    taken = {match[0] for name in (*names, *others) for match in DATE_NAME.finditer(name)}
     for seconds in range(_FREE_SECONDS):
         date = date_name(timestamp_ms + seconds * 1000)
         if date not in taken and date > after:

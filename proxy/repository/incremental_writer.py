@@ -9,14 +9,15 @@ from proxy.disks.alias import data_path, is_alias
 from proxy.disks.vhd_directory import create_vhd_directory
 from proxy.disks.vhd_file import create_vhd_file
 from proxy.errors import ProxyError
+from proxy.repository.chains import DATA
 from proxy.repository.checksums import remove_checksums, write_checksums
-from proxy.repository.completion import Completion, free_date
+from proxy.repository.completion import Completion, free_date, names_in
 from proxy.repository.metadata import encode_delta
 from proxy.repository.paths import disk_directory, vm_directory
 from proxy.runtime.trouble import tell_trouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Collection, Iterable, Mapping
     from uuid import UUID
 
     from proxy.disks.disk import Block
@@ -152,12 +153,18 @@ class _Recorded:
 
 @contextlib.asynccontextmanager
 async def open_incremental_backup(
-    remote: Remote, vm_uuid: str, timestamp_ms: float, *, after: str = ""
+    remote: Remote,
+    vm_uuid: str,
+    timestamp_ms: float,
+    *,
+    after: str = "",
+    others: Collection[str] = (),
 ) -> AsyncIterator[IncrementalBackupWriter]:
     """Write an incremental backup of ``vm_uuid``; the caller holds the lock of its directory.
 
     The first free second from ``timestamp_ms`` on names the files, and the name sorts behind
     ``after``, the youngest of the parents' names: Xen Orchestra refuses a child that does not.
+    Nor is it in one of the names ``others``: see :func:`names_of_data`.
 
     The order, and what a crash right after each step leaves:
 
@@ -172,9 +179,24 @@ async def open_incremental_backup(
     """
     directory = vm_directory(vm_uuid)
     await remote.mktree(directory)
-    date = await free_date(remote, directory, timestamp_ms, after=after)
+    date = await free_date(remote, directory, timestamp_ms, after=after, others=others)
     writer = IncrementalBackupWriter(remote, vm_uuid, date)
     try:
         yield writer
     finally:
         await writer.undo()
+
+
+async def names_of_data(
+    remote: Remote, vm_uuid: str, job_id: str, disk_uuids: Iterable[str]
+) -> list[str]:
+    """The names that the data of these disks has where they are directories.
+
+    That of an old one stays when it is merged into a newer one.  So a backup of that time, which
+    a mirror may bring again, needs another name: the data is named as the backup is.
+    """
+    found: list[str] = []
+    if remote.use_vhd_directory:
+        for disk_uuid in disk_uuids:
+            found += await names_in(remote, f"{disk_directory(vm_uuid, job_id, disk_uuid)}/{DATA}")
+    return found

@@ -19,6 +19,7 @@ from proxy.jobs.mirror.source import Unchanged, carried
 from proxy.jobs.opening import failed
 from proxy.jobs.target import DiskPart, IncrementalCopy, Progress
 from proxy.repository import list_vm_backups
+from proxy.repository.incremental_writer import names_of_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,12 +74,21 @@ async def copy_delta(
 
 
 @dataclass(frozen=True, slots=True)
+class _Member:
+    target: MirrorTarget
+    needs: list[Need]
+    """Of each disk."""
+    others: list[str]
+    """Names that the backup cannot have there."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
     """Remotes that need the same of every disk."""
 
     firsts: tuple[int, ...]
     """Of each disk, the first of its chain that they lack."""
-    members: list[tuple[MirrorTarget, list[Need]]]
+    members: list[_Member]
 
 
 async def _groups(
@@ -95,6 +105,8 @@ async def _groups(
         try:
             damaged = await options.damage(target.remote).all()
             needs = [await need_of(target, job.id, disk, damaged) for disk in disks]
+            uuids = [disk.uuid for disk in disks]
+            others = await names_of_data(target.remote, target.vm_uuid, job.id, uuids)
         except ProxyError as error:
             target.errors.append(error)
             export = task.child("export", id=target.id, isFull=False, type="remote")
@@ -115,7 +127,8 @@ async def _groups(
                     },
                 )
         firsts = tuple(need.first for need in needs)
-        groups.setdefault(firsts, _Group(firsts, [])).members.append((target, needs))
+        group = groups.setdefault(firsts, _Group(firsts, []))
+        group.members.append(_Member(target, needs, others))
     return list(groups.values())
 
 
@@ -146,12 +159,12 @@ class _Copy:
         backup = record.backup
         parents = [
             need.parent.name
-            for _, needs in group.members
-            for need in needs
+            for member in group.members
+            for need in member.needs
             if need.parent is not None
         ]
         self._copy = IncrementalCopy(
-            vm_uuid=group.members[0][0].vm_uuid,
+            vm_uuid=group.members[0].target.vm_uuid,
             job_id=job.id,
             schedule_id=job.schedule_id,
             timestamp=int(backup.timestamp),
@@ -185,15 +198,17 @@ class _Copy:
         broken: Exception | None = None
         async with trio.open_nursery() as nursery:
             try:
-                for target, needs in self._group.members:
+                for member in self._group.members:
                     parents = {
                         disk.uuid: need.parent
-                        for disk, need in zip(self._disks, needs, strict=True)
+                        for disk, need in zip(self._disks, member.needs, strict=True)
                         if need.parent is not None
                     }
-                    writer = IncrementalTarget(target.target, self._copy, parents)
+                    writer = IncrementalTarget(
+                        member.target.target, self._copy, parents, others=member.others
+                    )
                     self._writers.append(writer)
-                    nursery.start_soon(self._one_target, target, writer)
+                    nursery.start_soon(self._one_target, member.target, writer)
                 await self._read_disks()
                 for writer in self._writers:
                     writer.end(complete=True)
@@ -278,7 +293,7 @@ class _Copy:
             "target": sum(each.waited_writers for each in self._fan_outs),
         }
         slowest = max(waits, key=lambda stage: waits[stage])
-        encodes = any(target.target.encodes for target, _ in self._group.members)
+        encodes = any(each.target.target.encodes for each in self._group.members)
         return "CPU" if slowest == "target" and encodes else slowest
 
 

@@ -344,6 +344,19 @@ async def test_what_was_deleted_by_hand_comes_back_whole(tmp_path: Path, stock: 
 # -- several remotes ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", ["remote1", "directories1", "encrypted1"])
+async def test_what_was_merged_into_a_newer_one_comes_back(
+    tmp_path: Path, stock: Stock, target: str
+) -> None:
+    """Where disks are directories, the newer one has the data of that name for good."""
+    async with house_with(stock, tmp_path) as house:
+        for kept in (4, 2, 4, 3, 4):
+            outcome = await mirror(house, target, settings={"exportRetention": kept})
+            assert outcome.status == "success", outcome.snapshot
+            assert await contents(house, target) == stock.chain[-kept:]
+            house.clean_remotes_but("source")
+
+
 async def test_a_new_remote_gets_the_whole_and_the_old_one_the_rest(
     tmp_path: Path, stock: Stock
 ) -> None:
