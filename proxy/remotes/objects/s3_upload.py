@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from proxy.errors import Corrupt, NotFound, Unreachable
 from proxy.formats import s3_xml, sigv4
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from proxy.remotes.objects.store import Condition
 
 _ABORTS = 3
-_under_way: set[str] = set()
 
 
 def is_under_way(upload_id: str) -> bool:
@@ -28,14 +28,15 @@ def is_under_way(upload_id: str) -> bool:
 class S3Upload:
     """See :class:`proxy.remotes.objects.store.Upload`.
 
-    ``is_ours``: begun by this process, :func:`is_under_way` until it is completed or given up.
+    ``is_ours``: begun by this process, :func:`is_under_way` until it is completed or given up,
+    or nobody has this object any more.
     """
 
     def __init__(
         self, client: S3Client, key: str, upload_id: str, *, is_ours: bool = False
     ) -> None:
         if is_ours:
-            _under_way.add(upload_id)
+            _under_way[upload_id] = self
         self._client = client
         self._key = key
         self._id = upload_id
@@ -85,12 +86,12 @@ class S3Upload:
                 f"the store does not confirm that '{self._key}' is complete",
                 data={"path": self._key},
             )
-        _under_way.discard(self._id)
+        _under_way.pop(self._id, None)
 
     async def abort(self) -> None:
         """Parts that were under way may arrive later and would stay: it is asked whether the
         upload is gone, and aborted again if not.  ``Unreachable`` when it stays."""
-        _under_way.discard(self._id)  # nobody completes it any more, whatever comes now
+        _under_way.pop(self._id, None)  # nobody completes it any more, whatever comes now
         query = [("uploadId", self._id)]
         for _ in range(_ABORTS):
             try:
@@ -117,3 +118,6 @@ class S3Upload:
                 data={"path": self._key},
             )
         self._etags[number] = etag
+
+
+_under_way: WeakValueDictionary[str, S3Upload] = WeakValueDictionary()
