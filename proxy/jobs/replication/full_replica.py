@@ -10,7 +10,7 @@ import trio
 
 from proxy.errors import Corrupt, ProxyError
 from proxy.jobs.replication import keys
-from proxy.jobs.replication.replicas import delete_replicas, time_behind
+from proxy.jobs.replication.replicas import delete_replicas
 from proxy.jobs.undo import UNDO_SECONDS, undone_on_failure
 from proxy.repository import date_name
 from proxy.runtime.background import background
@@ -37,8 +37,8 @@ async def write_full_replica(
 ) -> None:
     """See :meth:`proxy.jobs.target.Target.write_full`."""
     xapi, settings = target.xapi, target.settings
-    replicas, old = await target.replicas(export)
-    timestamp = time_behind(replicas, copy.timestamp)
+    _, old = await target.replicas(export)
+    timestamp = target.time_behind(copy.timestamp)
     if settings.delete_first:
         await delete_replicas(export, old, marks=target.marks)
     async with undone_on_failure() as undo, export.child("transfer") as transfer:

@@ -15,7 +15,7 @@ from proxy.formats.vhd import BLOCK_SIZE
 from proxy.jobs.disk_parts import DiskParts
 from proxy.jobs.replication.follower import Follower, find_follower
 from proxy.jobs.replication.replica_vm import NewDisk, ReplicaVm
-from proxy.jobs.replication.replicas import delete_replicas, time_behind
+from proxy.jobs.replication.replicas import delete_replicas
 from proxy.jobs.undo import Undo, undone_on_failure
 from proxy.xapi import ownership, vm_create, vms
 from proxy.xapi.vdi_import import import_vdi
@@ -52,7 +52,7 @@ class IncrementalReplica(DiskParts):
     async def run(self, export: Task) -> None:
         target, settings = self._target, self._target.settings
         replicas, old = await target.replicas(export)
-        self._timestamp = time_behind(replicas, self._copy.timestamp)
+        self._timestamp = target.time_behind(self._copy.timestamp)
         follower = await find_follower(target, replicas)
         if isinstance(follower, Follower):
             used = {follower.ref}

@@ -13,7 +13,7 @@ from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
 from proxy.jobs.replication.keys import key_date
-from proxy.jobs.replication.replicas import list_replicas
+from proxy.jobs.replication.replicas import list_replicas, time_behind
 from proxy.repository import old_entries
 from proxy.xapi import ownership
 
@@ -78,6 +78,7 @@ class SrTarget:
         """Reference of the VM, once the target is among those stored."""
         self._destination = destination
         self._neighbours: list[SrTarget] = []
+        self._counted: list[Replica] = []
         self._task = task
         prefer, default = settings.prefer_nbd, backup.defaults.prefer_nbd
         self._finder = ReplicaBases(
@@ -173,12 +174,13 @@ class SrTarget:
         many, counted with the neighbours'."""
         job, settings = self.backup.job, self.settings
         found = [await self._list(export, each) for each in (self, *self._neighbours)]
+        self._counted = [one for some in found for one in some]
         for replica in found[0]:
             await self._tidy(export, replica)
         old: list[Replica] = []
         if not settings.skip_delete_old_entries:
             count = max(0, int(settings.copy_retention) - 1)
-            ours = [one for some in found for one in some if one.schedule_id == job.schedule_id]
+            ours = [one for one in self._counted if one.schedule_id == job.schedule_id]
             old = old_entries(count, ours)
             old.sort(key=lambda replica: replica.timestamp)
         return found[0], old
@@ -194,6 +196,11 @@ class SrTarget:
                 raise
             tell_uncounted(export, on.sr_uuid, error)
             return []
+
+    def time_behind(self, timestamp: int) -> int:
+        """When a new replica is from: behind all that were counted, the neighbours' too.  Of two
+        of one second retention would take one for a copy of the other."""
+        return time_behind(self._counted, timestamp)
 
     async def _tidy(self, export: Task, replica: Replica) -> None:
         """A run that broke off when its replica was complete left its marks on it."""
