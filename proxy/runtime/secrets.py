@@ -70,10 +70,24 @@ def scrub_text(text: str) -> str:
     if "=" in text:
         text = _URL_KEY.sub(rf"\g<head>{HIDDEN}", text)
         text = _SESSION.sub(rf"\g<head>{HIDDEN}", text)
-    for secret in _known:
-        if secret in text:
-            text = text.replace(secret, HIDDEN)
-    return text
+    found = [secret for secret in _known if secret in text]
+    return _without(text, found) if found else text
+
+
+def _without(text: str, secrets: list[str]) -> str:
+    """All at once: one after the other, a secret that is part of another would save its rest."""
+    spans: list[tuple[int, int]] = []
+    for secret in secrets:
+        at = text.find(secret)
+        while at >= 0:
+            spans.append((at, at + len(secret)))
+            at = text.find(secret, at + 1)
+    left, position = "", 0
+    for begin, end in sorted(spans):
+        if begin >= position:
+            left += text[position:begin] + HIDDEN
+        position = max(position, end)
+    return left + text[position:]
 
 
 def scrub(value: Any) -> Any:
