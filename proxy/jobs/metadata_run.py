@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import NotFound, ProxyError
+from proxy.errors import ProxyError
 from proxy.formats.pool_database import DatabaseCheck
 from proxy.jobs.copying import Check, FanOut, NoConsumers
 from proxy.jobs.opening import failed, open_remotes
@@ -148,7 +148,7 @@ class _MetadataRun:
         async def work() -> None:
             async with contextlib.AsyncExitStack() as stack:
                 try:
-                    spec = self._xapi(pool_uuid)
+                    spec = self._job.request.xapi_of(pool_uuid)
                     xapi = await stack.enter_async_context(self._services.xapi(spec))
                     await self._services.sweeper.contact(self._root, xapi)
                     pool = await xapi.record("pool", await xapi.by_uuid("pool", pool_uuid))
@@ -175,13 +175,6 @@ class _MetadataRun:
                         await self._export(task, part, xapi, pool_uuid)
 
         await self._limits.in_slot(("id", pool_uuid), begin, work)
-
-    def _xapi(self, pool_uuid: str) -> dict[str, Any]:
-        request = self._job.request
-        spec = request.xapis.get(request.record_to_xapi.get(pool_uuid, ""))
-        if spec is None:
-            raise NotFound(f"no XAPI associated to {pool_uuid}", data={"id": pool_uuid})
-        return dict(spec)
 
     # -- copies ------------------------------------------------------------------------------
 

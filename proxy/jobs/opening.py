@@ -56,9 +56,7 @@ async def open_srs(
     opened: list[SrDestination] = []
     for sr_id in sr_ids:
         try:
-            spec = request.xapis.get(request.record_to_xapi.get(sr_id, ""))
-            if spec is None:
-                raise NotFound(f"no XAPI associated to {sr_id}", data={"id": sr_id})
+            spec = request.xapi_of(sr_id)
             with deadline(f"opening SR {sr_id}", seconds):
                 xapi = await stack.enter_async_context(services.xapi(spec))
             await services.sweeper.contact(root, xapi)  # takes as long as there is to sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Refused
+from proxy.errors import NotFound, Refused
 from proxy.jobs.patterns import ids_of
 from proxy.jobs.settings import SettingLevels
 
@@ -28,6 +28,13 @@ class BackupRequest:
     def job_id(self) -> str | None:
         found = self.job.get("id")
         return None if found is None else str(found)
+
+    def xapi_of(self, uuid: str) -> Mapping[str, Any]:
+        """The pool that the call says for a VM, an SR or a pool; raises ``NotFound``."""
+        spec = self.xapis.get(self.record_to_xapi.get(uuid, ""))
+        if spec is None:
+            raise NotFound(f"no XAPI associated to {uuid}", data={"id": uuid})
+        return spec
 
     def properties(self) -> dict[str, Any]:
         """Of the root task: every key of ``jobData``, completed from the job itself."""

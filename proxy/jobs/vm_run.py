@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import Many, NotFound, ProxyError, Refused
+from proxy.errors import Many, ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import DistributedDestination
@@ -115,7 +115,7 @@ class _VmRun:
 
     async def _back_up(self, vm_uuid: str) -> None:
         try:
-            xapi_spec = self._xapi_of(vm_uuid)
+            xapi_spec = self._job.request.xapi_of(vm_uuid)
         except ProxyError as error:
             await failed(self._vm_task(vm_uuid, None), error)
             return
@@ -136,13 +136,6 @@ class _VmRun:
                     time_limit("the VM's timeout", settings.vm_timeout / 1000),
                 ):
                     await self._attempts(task, xapi, ref, vm, settings)
-
-    def _xapi_of(self, uuid: str) -> dict[str, Any]:
-        request = self._job.request
-        spec = request.xapis.get(request.record_to_xapi.get(uuid, ""))
-        if spec is None:
-            raise NotFound(f"no XAPI associated to {uuid}", data={"id": uuid})
-        return dict(spec)
 
     async def _attempts(
         self, task: Task, xapi: Xapi, ref: str, vm: dict[str, Any], settings: Settings
