@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from proxy.repository import date_name
 from proxy.xapi import ownership, vms
 from proxy.xapi.snapshots import TEMPORARY_NAME
 from proxy.xapi.together import together
@@ -68,6 +69,12 @@ async def unfinished_snapshots(
 def keys_of(record: dict[str, Any]) -> dict[str, str]:
     """A record's ``other_config``."""
     return record.get("other_config") or {}
+
+
+def key_date(timestamp: float) -> str:
+    """A time in milliseconds as a :data:`ownership.DATETIME` key."""
+    date = date_name(timestamp)
+    return f"{date[:11]}:{date[11:13]}:{date[13:]}"
 
 
 def sortable(datetime: str) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from proxy.errors import Refused
+from proxy.jobs.job_snapshots import key_date, sortable
 from proxy.jobs.settings import refuse_contradictions
 from proxy.jobs.undo import undo_step
-from proxy.repository import date_name
 from proxy.xapi import ownership, vms
 from proxy.xapi.snapshots import take_snapshot
 
@@ -163,10 +163,10 @@ async def _destroyed_on_failure(
 
 
 def _key_date(newer_than: str) -> str:
-    seconds = time.time()
-    while (date := date_name(seconds * 1000)) <= newer_than:
-        seconds += 1
-    return f"{date[:11]}:{date[11:13]}:{date[13:]}"
+    timestamp = time.time() * 1000
+    while sortable(date := key_date(timestamp)) <= newer_than:
+        timestamp += 1000
+    return date
 
 
 def shuts_down(backup: VmBackup) -> bool:

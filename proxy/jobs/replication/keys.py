@@ -8,8 +8,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
-from proxy.repository import date_name
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -18,12 +16,6 @@ BLOCKED_OPERATIONS: Final[Mapping[str, str]] = {"start": BLOCKED, "start_on": BL
 FULL_TAG: Final = "Disaster Recovery"
 INCREMENTAL_TAG: Final = "Continuous Replication"
 HA_TAG: Final = "HA disabled"
-
-
-def key_date(timestamp: float) -> str:
-    """A time in milliseconds as ``xo:backup:datetime`` has it."""
-    date = date_name(timestamp)
-    return f"{date[:11]}:{date[11:13]}:{date[13:]}"
 
 
 def timestamp_of(date: str) -> int | None:

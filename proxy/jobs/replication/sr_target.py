@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from proxy.errors import ProxyError
 from proxy.jobs.health_check import wanted
-from proxy.jobs.job_snapshots import keys_of
+from proxy.jobs.job_snapshots import key_date, keys_of
 from proxy.jobs.remote_retention import tell_uncounted
 from proxy.jobs.replication.bases import ReplicaBase, ReplicaBases
 from proxy.jobs.replication.full_replica import write_full_replica
 from proxy.jobs.replication.incremental_replica import IncrementalReplica
-from proxy.jobs.replication.keys import key_date
 from proxy.jobs.replication.replicas import list_replicas, time_behind
 from proxy.repository import old_entries
 from proxy.xapi import ownership
