@@ -10,8 +10,9 @@ import contextlib
 import random
 from typing import TYPE_CHECKING, Any
 
-from proxy.errors import Many, ProxyError, Refused
+from proxy.errors import ProxyError, Refused
 from proxy.jobs.opening import failed
+from proxy.jobs.target import none_left
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -78,10 +79,8 @@ class DistributedDestination:
                     continue
                 targets.append(target)
             if not targets:
-                if len(errors) == 1:
-                    raise errors[0]
                 if errors:
-                    raise Many.all_targets("writer.beforeBackup()", errors)
+                    raise none_left(errors)
                 raise Refused("no target is left for this VM", code="ENOTARGET")
             avoided = self._failed.setdefault(backup.uuid, set())
             distributed = DistributedTarget(
@@ -142,7 +141,6 @@ class DistributedTarget:
         self._candidates = _preferred(members, avoided)
         self._export: Task | None = None
         self._incremental = False
-        self._known = {member.id: member for member in members}
         self._chosen = chosen
         self.member = chosen.id
 

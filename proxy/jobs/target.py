@@ -268,5 +268,10 @@ def to_try_again(
     raise failed
 
 
+def none_left(errors: Sequence[Exception]) -> Exception:
+    """Why there is no target for an attempt: the only reason, or all, with upstream's message."""
+    return errors[0] if len(errors) == 1 else Many.all_targets("writer.beforeBackup()", errors)
+
+
 def now_ms() -> int:
     return time.time_ns() // 1_000_000

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import Many, ProxyError, Refused
+from proxy.errors import ProxyError, Refused
 from proxy.jobs import full_backup, incremental_backup
 from proxy.jobs.attempts import try_targets
 from proxy.jobs.distribution import DistributedDestination
@@ -17,6 +17,7 @@ from proxy.jobs.opening import failed, open_remotes, open_srs
 from proxy.jobs.power import start_left_off
 from proxy.jobs.remote_target import RemoteDestination
 from proxy.jobs.run_limits import RunLimits
+from proxy.jobs.target import none_left
 from proxy.jobs.vm_backup import Defaults, VmBackup, refuse_vm
 from proxy.runtime.deadlines import time_limit
 
@@ -234,11 +235,7 @@ class _VmRun:
                     export = task.child("export", **destination.properties, isFull=True)
                     await failed(export, error)
             if wanted and not targets:
-                raise (
-                    errors[0]
-                    if len(errors) == 1
-                    else Many.all_targets("writer.beforeBackup()", errors)
-                )
+                raise none_left(errors)
             yield targets
 
 
