@@ -14,9 +14,9 @@ from proxy.jobs.incremental_target import IncrementalTarget
 from proxy.jobs.remote_retention import delete_old, plan_retention
 from proxy.jobs.target import FullCopy, IncrementalCopy, Refusal
 from proxy.jobs.traffic import told
+from proxy.jobs.vm_lock import hold_vm
 from proxy.repository import (
     clean_vm,
-    lock_vm,
     open_full_backup,
 )
 from proxy.repository.parents import NoParent, Parent, find_parent
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from proxy.disks.disk import RandomDisk
-    from proxy.errors import Busy
     from proxy.jobs.copying import Consumer
     from proxy.jobs.disk_snapshots import DiskSnapshot
     from proxy.jobs.settings import Settings
@@ -60,12 +59,13 @@ class RemoteDestination:
         self, task: Task, backup: VmBackup, settings: Settings
     ) -> AsyncIterator[RemoteTarget]:
         """With the lock of the VM's directory, for which it waits as long as for a remote."""
-        async with lock_vm(
+        async with hold_vm(
             self.remote,
             backup.uuid,
+            task=task,
+            remote_id=self.id,
             owner=backup.run_id,
             wait=settings.get_remote_timeout / 1000,
-            waiting=partial(_tell_wait, task, self.id),
         ) as lock:
             yield RemoteTarget(
                 self.id,
@@ -76,14 +76,6 @@ class RemoteDestination:
                 job_id=backup.job.id,
                 damage=backup.damage(self.remote),
             )
-
-
-def _tell_wait(task: Task, remote_id: str, busy: Busy) -> None:
-    """Else a run that waits looks like one that hangs."""
-    task.info(
-        "waiting for whoever holds the VM's backups",
-        {"remote": remote_id, "reason": busy.message, **busy.data},
-    )
 
 
 class RemoteTarget:

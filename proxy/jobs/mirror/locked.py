@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
-from proxy.errors import Busy, ProxyError
-from proxy.repository import lock_vm
+from proxy.errors import ProxyError
+from proxy.jobs.vm_lock import hold_vm
 
 if TYPE_CHECKING:
     import contextlib
@@ -45,12 +44,13 @@ async def lock_everywhere(
         place = places[key]
         try:
             locks[key] = await stack.enter_async_context(
-                lock_vm(
+                hold_vm(
                     place.remote,
                     vm_uuid,
+                    task=task,
+                    remote_id=key,
                     owner=owner,
                     wait=place.wait,
-                    waiting=partial(_tell_wait, task, key),
                 )
             )
         except ProxyError as error:
@@ -58,11 +58,3 @@ async def lock_everywhere(
                 raise
             errors[key] = error
     return locks, errors
-
-
-def _tell_wait(task: Task, remote_id: str, busy: Busy) -> None:
-    """Else a run that waits looks like one that hangs."""
-    task.info(
-        "waiting for whoever holds the VM's backups",
-        {"remote": remote_id, "reason": busy.message, **busy.data},
-    )
