@@ -15,6 +15,7 @@ import msgspec
 
 from proxy.errors import Refused
 from proxy.jobs.patterns import ids_of
+from proxy.jobs.requests import settings_level, wrong_job
 from proxy.jobs.settings import REPORT_KEYS
 from proxy.repository.metadata_backup_paths import (
     BINARY_DATA,
@@ -100,11 +101,11 @@ def understand_metadata(
     configuration = _configuration(job.get("xoMetadata"))
     for part in ("vms", "srs", "sourceRemote"):
         if job.get(part):
-            raise _wrong(part, f"a metadata job has no use for {part}")
+            raise wrong_job(part, f"a metadata job has no use for {part}")
     if not remote_ids:
-        raise _wrong("remotes", "metadata backup job cannot run without remotes")
+        raise wrong_job("remotes", "metadata backup job cannot run without remotes")
     if not pools and configuration is None:
-        raise _wrong("pools", "no metadata mode found")
+        raise wrong_job("pools", "no metadata mode found")
     config_directory(schedule_id)
     for pool in pools:
         pool_directory(schedule_id, pool)
@@ -115,7 +116,7 @@ def understand_metadata(
     if settings.retention_xo_metadata == 0:
         configuration = None
     if not pools and configuration is None:
-        raise _wrong("settings", "no retentions corresponding to the metadata modes found")
+        raise wrong_job("settings", "no retentions corresponding to the metadata modes found")
     return MetadataJob(
         id=str(job.get("id", "")),
         schedule_id=schedule_id,
@@ -127,16 +128,11 @@ def understand_metadata(
     )
 
 
-def _wrong(part: str, message: str, **data: Any) -> Refused:
-    # Not InvalidParams: on that number Xen Orchestra would repeat a call without its log.
-    return Refused(message, code="EINVAL", data={"part": f"job.{part}", **data})
-
-
 def _ids(job: Mapping[str, Any], part: str) -> list[str]:
     try:
         return ids_of(job.get(part))
     except Refused as error:
-        raise _wrong(part, error.message) from error
+        raise wrong_job(part, error.message) from error
 
 
 def _configuration(given: object) -> Configuration | None:
@@ -145,14 +141,14 @@ def _configuration(given: object) -> Configuration | None:
         return None
     if isinstance(given, str):
         if not given:
-            raise _wrong("xoMetadata", "the exported configuration is empty")
+            raise wrong_job("xoMetadata", "the exported configuration is empty")
         return Configuration(JSON_DATA, given.encode())
     if isinstance(given, dict):
         fields = cast("dict[str, object]", given)
         data = fields.get("data")
         if fields.get("encoding") == "base64" and isinstance(data, str):
             return Configuration(BINARY_DATA, _decoded(data))
-    raise _wrong(
+    raise wrong_job(
         "xoMetadata", "xoMetadata must be the exported configuration: JSON text, or data in base64"
     )
 
@@ -161,9 +157,9 @@ def _decoded(data: str) -> bytes:
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _wrong("xoMetadata", "the exported configuration is no base64") from error
+        raise wrong_job("xoMetadata", "the exported configuration is no base64") from error
     if not content:
-        raise _wrong("xoMetadata", "the exported configuration is empty")
+        raise wrong_job("xoMetadata", "the exported configuration is empty")
     return content
 
 
@@ -176,12 +172,12 @@ def _levels(job: Mapping[str, Any], schedule_id: str, others: list[str]) -> dict
     if given is None:
         return {}
     if not isinstance(given, dict):
-        raise _wrong("settings", "the settings are wrong: must be object")
+        raise wrong_job("settings", "the settings are wrong: must be object")
     settings = cast("dict[str, Any]", given)
     for other in others:
-        keys = _asked(_object(settings.get(other), other))
+        keys = _asked(settings_level(settings.get(other), other))
         if keys:
-            raise _wrong(
+            raise wrong_job(
                 "settings",
                 f"the settings {', '.join(keys)} of {other} have no effect on a metadata backup:"
                 " give them to the job or to its schedule",
@@ -195,10 +191,10 @@ def _settings(common: Mapping[str, Any], levels: Mapping[str, Any]) -> MetadataS
     merged = {key: value for key, value in common.items() if key in _FIELDS}
     settings = _converted(merged, "the configuration")
     for where, level in levels.items():
-        given = _object(level, where)
+        given = settings_level(level, where)
         keys = [key for key in _asked(given) if key not in _FIELDS | _XEN_ORCHESTRAS]
         if keys:
-            raise _wrong(
+            raise wrong_job(
                 "settings",
                 f"the settings {', '.join(keys)} of {where} have no effect on a metadata backup:"
                 " remove them",
@@ -215,15 +211,7 @@ def _converted(merged: Mapping[str, Any], where: str) -> MetadataSettings:
         return msgspec.convert({k: v for k, v in merged.items() if v is not None}, MetadataSettings)
     except msgspec.ValidationError as error:
         message = f"the settings of {where} are wrong: {error}"
-        raise _wrong("settings", message, settings=where) from error
-
-
-def _object(level: object, where: str) -> dict[str, Any]:
-    if level is None:
-        return {}
-    if not isinstance(level, dict):
-        raise _wrong("settings", f"the settings of {where} are wrong: must be object")
-    return cast("dict[str, Any]", level)
+        raise wrong_job("settings", message, settings=where) from error
 
 
 def _asked(level: Mapping[str, Any]) -> list[str]:

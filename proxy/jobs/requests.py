@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from proxy.errors import NotFound, Refused
 from proxy.jobs.patterns import ids_of
@@ -46,6 +46,21 @@ class BackupRequest:
             "scheduleId": self.schedule.get("id"),
             **self.job_data,
         }
+
+
+def wrong_job(part: str, message: str, **data: Any) -> Refused:
+    """The refusal of a job; ``part`` of it is what is wrong."""
+    # Not InvalidParams: on that number Xen Orchestra would repeat a call without its log.
+    return Refused(message, code="EINVAL", data={"part": f"job.{part}", **data})
+
+
+def settings_level(level: object, where: str) -> dict[str, Any]:
+    """One level of a job's settings, as it came; raises ``Refused`` unless it is an object."""
+    if level is None:
+        return {}
+    if not isinstance(level, dict):
+        raise wrong_job("settings", f"the settings of {where} are wrong: must be object")
+    return cast("dict[str, Any]", level)
 
 
 @dataclass(frozen=True, slots=True)

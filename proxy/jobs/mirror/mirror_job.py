@@ -7,7 +7,7 @@ asks for is left out in silence.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
@@ -16,6 +16,7 @@ from proxy.jobs.mirror.matching import Predicate, fields_of, predicate
 from proxy.jobs.mirror.planning import Retention
 from proxy.jobs.patterns import ids_of
 from proxy.jobs.rate_windows import RateWindow, rate_now
+from proxy.jobs.requests import settings_level, wrong_job
 from proxy.jobs.settings import REPORT_KEYS, Settings
 from proxy.repository import old_entries
 
@@ -172,35 +173,37 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
     schedule_id = str(request.schedule.get("id", ""))
     source_id = job.get("sourceRemote")
     if not isinstance(source_id, str) or not source_id:
-        raise _wrong("sourceRemote", "a mirror job needs sourceRemote, the id of a remote")
+        raise wrong_job("sourceRemote", "a mirror job needs sourceRemote, the id of a remote")
     try:
         remote_ids = [each for each in ids_of(job.get("remotes")) if each != source_id]
     except Refused as error:
-        raise _wrong("remotes", error.message) from error
+        raise wrong_job("remotes", error.message) from error
     if not remote_ids:
-        raise _wrong("remotes", "a mirror job needs remotes to copy to, others than its source")
+        raise wrong_job("remotes", "a mirror job needs remotes to copy to, others than its source")
     for part in ("vms", "srs", "pools", "xoMetadata"):
         if job.get(part):
-            raise _wrong(part, f"a mirror job has no use for {part}: its filter says what it takes")
-    levels = _object(job.get("settings"), "the job")
+            raise wrong_job(
+                part, f"a mirror job has no use for {part}: its filter says what it takes"
+            )
+    levels = settings_level(job.get("settings"), "the job")
     given = {"the job": levels.get(""), schedule_id: levels.get(schedule_id)}
     base: dict[str, Any] = {}
     for each in defaults:
-        base.update(_told(_object(each, "the configuration")))
+        base.update(_told(settings_level(each, "the configuration")))
     run = _read(base, {"the configuration": {}, **given})
     for level in given.values():
-        base.update(_told(_object(level, "the job")))
+        base.update(_told(settings_level(level, "the job")))
     of_remotes = {each: levels.get(each) for each in remote_ids}
     _refuse_unknown({**given, **of_remotes})
-    _refuse_wrong(run, "the job")
+    _refusewrong_job(run, "the job")
     for where, level in of_remotes.items():
-        _refuse_wrong(_read(base, {where: level}), where)
+        _refusewrong_job(_read(base, {where: level}), where)
     if not run.skip_delete_old_entries and not any(
-        _object(level, where).get(key)
+        settings_level(level, where).get(key)
         for where, level in {"the configuration": base, **levels}.items()
         for key in ("exportRetention", "longTermRetention")
     ):
-        raise _wrong(
+        raise wrong_job(
             "settings",
             "a mirror that keeps nothing copies nothing: give its schedule an exportRetention",
             settings=schedule_id,
@@ -221,14 +224,14 @@ def understand_mirror(request: BackupRequest, defaults: Sequence[Any]) -> Mirror
     )
 
 
-def _refuse_wrong(settings: MirrorSettings, where: str) -> None:
+def _refusewrong_job(settings: MirrorSettings, where: str) -> None:
     """A wrong period or time zone is told before the run meets it half-way."""
     try:
         old_entries(0, [], settings.long_term_retention or None, settings.timezone)
         settings.export_rate()
         _ = settings.writing().health_check_seconds
     except Refused as error:
-        raise _wrong(
+        raise wrong_job(
             "settings", f"the settings of {where} are wrong: {error.message}", settings=where
         ) from error
 
@@ -237,11 +240,11 @@ def _refuse_unknown(levels: Mapping[str, Any]) -> None:
     for where, level in levels.items():
         keys = [
             key
-            for key, value in _object(level, where).items()
+            for key, value in settings_level(level, where).items()
             if value and key not in _FIELDS | _SATISFIED | WITHOUT_EFFECT
         ]
         if keys:
-            raise _wrong(
+            raise wrong_job(
                 "settings",
                 f"the settings {', '.join(sorted(keys))} of {where} mean nothing to a mirror:"
                 " remove them",
@@ -253,7 +256,9 @@ def _refuse_unknown(levels: Mapping[str, Any]) -> None:
 def _without_effect(levels: Sequence[Any]) -> list[str]:
     found: set[str] = set()
     for level in levels:
-        found.update(k for k, v in _object(level, "the job").items() if v and k in WITHOUT_EFFECT)
+        found.update(
+            k for k, v in settings_level(level, "the job").items() if v and k in WITHOUT_EFFECT
+        )
     return sorted(found)
 
 
@@ -264,19 +269,19 @@ def _filter(pattern: object) -> Filter | None:
     try:
         return Filter(predicate(pattern), fields_of(pattern))
     except Refused as error:
-        raise _wrong("filter", error.message) from error
+        raise wrong_job("filter", error.message) from error
 
 
 def _read(base: Mapping[str, Any], levels: Mapping[str, Any]) -> MirrorSettings:
     merged = dict(base)
     where = "the configuration"
     for name, level in levels.items():
-        merged.update(_told(_object(level, name)))
+        merged.update(_told(settings_level(level, name)))
         where = name
     try:
         return msgspec.convert(merged, MirrorSettings)
     except msgspec.ValidationError as error:
-        raise _wrong(
+        raise wrong_job(
             "settings", f"the settings of {where} are wrong: {error}", settings=where
         ) from error
 
@@ -284,16 +289,3 @@ def _read(base: Mapping[str, Any], levels: Mapping[str, Any]) -> MirrorSettings:
 def _told(level: Mapping[str, Any]) -> dict[str, Any]:
     """``null`` is no value: the level below counts."""
     return {key: value for key, value in level.items() if key in _FIELDS and value is not None}
-
-
-def _object(level: object, where: str) -> dict[str, Any]:
-    if level is None:
-        return {}
-    if not isinstance(level, dict):
-        raise _wrong("settings", f"the settings of {where} are wrong: must be object")
-    return cast("dict[str, Any]", level)
-
-
-def _wrong(part: str, message: str, **data: Any) -> Refused:
-    # Not InvalidParams: on that number Xen Orchestra would repeat a call without its log.
-    return Refused(message, code="EINVAL", data={"part": f"job.{part}", **data})
