@@ -18,7 +18,7 @@ from proxy.runtime.buffers import Buffer
 from proxy.runtime.threads import Work, in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from proxy.jobs.rate_limit import RateLimit
     from proxy.runtime.buffers import BufferPool
@@ -152,6 +152,18 @@ class Consumer(Lane[Buffer]):
             buffer.release()
             self.busy += trio.current_time() - began
 
+    async def pour(
+        self, write: Callable[[memoryview], Awaitable[None]], moved: Callable[[], None]
+    ) -> None:
+        """Hand every buffer to ``write``, and call ``moved`` after each, until the confirmed end.
+
+        Raises the source's error where it broke.
+        """
+        while (buffer := await self.next()) is not None:
+            with self.using(buffer) as view:
+                await write(view)
+            moved()
+
 
 class _Checking:
     """The consumer that feeds a :class:`Check`, which is what limits the speed of a fast pool.
@@ -226,6 +238,36 @@ class FanOut:
         made = Consumer(self._pool.count)
         self._targets.append(made)
         return made
+
+    async def feed(
+        self, receivers: Iterable[Callable[[Consumer], Awaitable[None]]]
+    ) -> Exception | None:
+        """:meth:`run` beside ``receivers``, each with a target of its own, until all have ended.
+
+        Receivers keep their failures to themselves; the others go on.  Returns what was wrong
+        with the source, for who has things to close before it is raised.  That nobody was left to
+        take the stream is nothing: the receivers know why.
+        """
+        broken: Exception | None = None
+
+        async def receive(
+            receiver: Callable[[Consumer], Awaitable[None]], consumer: Consumer
+        ) -> None:
+            try:
+                await receiver(consumer)
+            finally:
+                consumer.leave()
+
+        async with trio.open_nursery() as nursery:
+            for receiver in receivers:
+                nursery.start_soon(receive, receiver, self.target())
+            try:
+                await self.run()
+            except NoConsumers:
+                pass
+            except Exception as error:  # noqa: BLE001  returned when the receivers have ended
+                broken = error
+        return broken
 
     async def run(self) -> None:
         """Read to the end, finish the check, and ask the source whether it was all.

@@ -10,7 +10,7 @@ import trio
 
 from proxy.errors import ProxyError
 from proxy.formats.xva_check import Validator
-from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.copying import Check, FanOut
 from proxy.jobs.power import restarted, shut_down
 from proxy.jobs.pruning import prune
 from proxy.jobs.target import FullCopy, now_ms, to_try_again
@@ -118,7 +118,6 @@ async def _export(
     compression = cast("Literal['none', 'native', 'zstd']", backup.job.compression)
     estimate = await _estimate(xapi, exported)
     errors: dict[str, Exception] = {}
-    broken: Exception | None = None
     async with xapi.export_vm(ref, compression=compression) as download:
         check = Check(Validator(), md5=any(target.stores_md5 for target in targets))
         fan_out = FanOut(download, BufferPool(_BUFFERS), check, backup.rate)
@@ -134,15 +133,9 @@ async def _export(
             digest=check.digest,
             bottleneck=fan_out.bottleneck,
         )
-        async with trio.open_nursery() as nursery:
-            for target in targets:
-                nursery.start_soon(_one_target, task, target, copy, fan_out.target(), errors)
-            try:
-                await fan_out.run()
-            except NoConsumers:
-                pass  # the targets' own errors tell why
-            except Exception as error:  # noqa: BLE001  raised below, when the targets have ended
-                broken = error
+        broken = await fan_out.feed(
+            [partial(_one_target, task, target, copy, errors) for target in targets]
+        )
     if broken is not None:
         raise broken
     return to_try_again(errors, backup.stored, len(targets), step="writer.run()")
@@ -152,16 +145,14 @@ async def _one_target(
     task: Task,
     target: Target,
     copy: FullCopy,
-    consumer: Consumer,
     errors: dict[str, Exception],
+    consumer: Consumer,
 ) -> None:
     try:
         async with target.export(task, is_full=True) as export:
             await target.write_full(export, copy, consumer)
     except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
         errors[target.id] = error
-    finally:
-        consumer.leave()
 
 
 async def _estimate(xapi: Xapi, exported: Mapping[str, Any]) -> int | None:

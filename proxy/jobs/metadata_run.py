@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from proxy.errors import ProxyError
 from proxy.formats.pool_database import DatabaseCheck
-from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.copying import Check, FanOut
 from proxy.jobs.opening import failed, open_remotes
 from proxy.jobs.run_limits import RunLimits
 from proxy.jobs.target import now_ms
@@ -183,36 +183,22 @@ class _MetadataRun:
 
         Raises what is wrong with the source; remotes that failed tell that in their own tasks.
         """
-        broken: ProxyError | None = None
         async with xapi.export_pool() as download:
             check = Check(DatabaseCheck(pool_uuid))
             fan_out = FanOut(download, BufferPool(_BUFFERS, _BUFFER_SIZE), check, self._limits.rate)
-            async with trio.open_nursery() as nursery:
-                for remote_id in self._remotes:
-                    consumer = fan_out.target()
-                    nursery.start_soon(self._receive, task, part, remote_id, consumer)
-                try:
-                    await fan_out.run()
-                except NoConsumers:
-                    pass  # the remotes' own errors tell why
-                except ProxyError as error:
-                    broken = error  # raised below, when the remotes have ended
+            broken = await fan_out.feed(
+                [partial(self._receive, task, part, remote_id) for remote_id in self._remotes]
+            )
         if broken is not None:
             raise broken
 
     async def _receive(self, task: Task, part: _Part, remote_id: str, consumer: Consumer) -> None:
         async def feed(copy: Task, writer: MetadataBackupWriter) -> None:
             copy.progress(0, None)
-            while (buffer := await consumer.next()) is not None:
-                with consumer.using(buffer) as view:
-                    await writer.write(view)
-                copy.progress(writer.size, None)
+            await consumer.pour(writer.write, lambda: copy.progress(writer.size, None))
             copy.complete_progress()
 
-        try:
-            await self._copy(task, part, remote_id, feed)
-        finally:
-            consumer.leave()
+        await self._copy(task, part, remote_id, feed)
 
     async def _copy(self, task: Task, part: _Part, remote_id: str, feed: Feed) -> None:
         """One remote's task; its failure is in the log, the other remotes go on."""

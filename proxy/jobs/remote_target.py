@@ -173,13 +173,7 @@ class RemoteTarget:
         async with open_full_backup(self.remote, copy.vm_uuid, copy.timestamp) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, copy.estimate, estimated=True)
-                while (buffer := await consumer.next()) is not None:
-                    with consumer.using(buffer) as view:
-                        await writer.write(view)
-                    total = None if copy.estimate is None else max(copy.estimate, writer.size)
-                    transfer.progress(
-                        writer.size, total, estimated=True, bottleneck=copy.bottleneck()
-                    )
+                await consumer.pour(writer.write, lambda: copy.tell(transfer, writer.size))
                 transfer.complete_progress()
                 transfer.result = {"size": writer.size}
             await self.lock.check()

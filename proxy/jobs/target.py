@@ -165,6 +165,11 @@ class FullCopy:
     that they ask."""
     bottleneck: Callable[[], str]
 
+    def tell(self, transfer: Task, size: int) -> None:
+        """``size`` bytes are stored: the progress of a target's ``transfer``."""
+        total = None if self.estimate is None else max(self.estimate, size)
+        transfer.progress(size, total, estimated=True, bottleneck=self.bottleneck())
+
 
 @dataclass(frozen=True, slots=True)
 class DiskPart:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-import trio
-
-from proxy.errors import Corrupt, ProxyError
+from proxy.errors import Corrupt
 from proxy.formats.xva_check import Validator
-from proxy.jobs.copying import Check, FanOut, NoConsumers
+from proxy.jobs.copying import Check, FanOut
 from proxy.jobs.mirror.source import Unchanged, carried
 from proxy.repository import list_vm_backups, open_full_backup
 from proxy.repository.paths import date_name, xva_name
@@ -108,16 +107,7 @@ async def copy_archive(
         check = _ArchiveCheck(path, md5 if isinstance(md5, str) else None)
         fan_out = FanOut(_Archive(file, path, size, unchanged), BufferPool(_BUFFERS), check, rate)
         copy = _Copy(task, job, record, size, check, fan_out)
-        broken: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            for target in targets:
-                nursery.start_soon(copy.to, target, fan_out.target())
-            try:
-                await fan_out.run()
-            except NoConsumers:
-                pass  # the targets' own errors tell why
-            except ProxyError as error:
-                broken = error  # raised below, when the targets have ended
+        broken = await fan_out.feed([partial(copy.to, target) for target in targets])
     if broken is not None:
         raise broken
 
@@ -148,8 +138,6 @@ class _Copy:
                 await target.got(export, self._record.backup, copied)
         except Exception as error:  # noqa: BLE001  in the log of the export; other targets go on
             target.errors.append(error)
-        finally:
-            consumer.leave()
 
     async def _store(self, export: Task, target: MirrorTarget, consumer: Consumer) -> Backup:
         backup = self._record.backup
@@ -163,12 +151,12 @@ class _Copy:
         ) as writer:
             async with export.child("transfer") as transfer:
                 transfer.progress(0, self._size)
-                while (buffer := await consumer.next()) is not None:
-                    with consumer.using(buffer) as view:
-                        await writer.write(view)
-                    transfer.progress(
+                await consumer.pour(
+                    writer.write,
+                    lambda: transfer.progress(
                         writer.size, self._size, bottleneck=self._fan_out.bottleneck()
-                    )
+                    ),
+                )
                 transfer.complete_progress()
                 transfer.result = {"size": writer.size}
             await target.target.lock.check()

@@ -47,11 +47,7 @@ async def write_full_replica(
             xapi.import_vm(target.sr_ref, length=None) as upload,
             _marked_early(upload, xapi, target.marks),
         ):
-            while (buffer := await consumer.next()) is not None:
-                with consumer.using(buffer) as view:
-                    await upload.write(view)
-                total = None if copy.estimate is None else max(copy.estimate, upload.sent)
-                transfer.progress(upload.sent, total, estimated=True, bottleneck=copy.bottleneck())
+            await consumer.pour(upload.write, lambda: copy.tell(transfer, upload.sent))
             made = [str(ref) for ref in await upload.finish()]
             for ref in made:
                 undo.add(
