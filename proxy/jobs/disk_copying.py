@@ -146,6 +146,47 @@ class DiskFanOut:
             raise NoConsumers
 
 
+async def read_together(
+    reads: Sequence[Callable[[], Awaitable[None]]], fan_outs: Sequence[DiskFanOut], *, at_once: int
+) -> None:
+    """Read the disks of one backup, ``at_once`` at a time (0: all); the first error ends it.
+
+    ``fan_outs`` are those of the disks, as each is made: consumers of disks that are cut hear of
+    that error.  Raises the first; ``NoConsumers`` only where there is no other, as the consumers
+    know why.
+    """
+    slots = trio.Semaphore(at_once or max(1, len(reads)))
+    failures: list[Exception] = []
+
+    async def one(read: Callable[[], Awaitable[None]]) -> None:
+        try:
+            async with slots:
+                await read()
+        except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
+            failures.append(error)
+            for fan_out in fan_outs:
+                fan_out.when_cancelled = failures[0]
+            nursery.cancel_scope.cancel("a disk cannot be read")
+
+    async with trio.open_nursery() as nursery:
+        for read in reads:
+            nursery.start_soon(one, read)
+    if failures:
+        real = (error for error in failures if not isinstance(error, NoConsumers))
+        raise next(real, failures[0])
+
+
+def bottleneck(fan_outs: Sequence[DiskFanOut], *, encodes: bool) -> str:
+    """The stage that the others wait for; ``encodes``: a slow target may be a slow CPU."""
+    waits = {
+        "source": sum(each.waited_source for each in fan_outs),
+        "maxExportRate": sum(each.waited_rate for each in fan_outs),
+        "target": sum(each.waited_writers for each in fan_outs),
+    }
+    slowest = max(waits, key=lambda stage: waits[stage])
+    return "CPU" if slowest == "target" and encodes else slowest
+
+
 class _Hasher:
     """Takes the checksum of each block once for all writers, beside them."""
 

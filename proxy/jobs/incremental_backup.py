@@ -15,7 +15,7 @@ from proxy.errors import ProxyError
 from proxy.formats.vhd_directory import Compression
 from proxy.jobs.bases import Base, Choice, choose, describe
 from proxy.jobs.copying import NoConsumers
-from proxy.jobs.disk_copying import DiskFanOut
+from proxy.jobs.disk_copying import DiskFanOut, bottleneck, read_together
 from proxy.jobs.disk_snapshots import list_disk_snapshots, list_disk_snapshots_of_others
 from proxy.jobs.incremental_metadata import ExportedDisk, devices, exported_disks
 from proxy.jobs.power import restarted, shut_down
@@ -62,9 +62,12 @@ async def back_up(task: Task, backup: VmBackup, targets: Sequence[Target]) -> li
             broken = error
         finally:
             attempt.finish()
+    if broken is not None and not isinstance(broken, NoConsumers):
+        raise broken
+    failed = attempt.outcome()  # raises why no target was left
     if broken is not None:
         raise broken
-    return attempt.outcome()
+    return failed
 
 
 class _Attempt:
@@ -307,29 +310,16 @@ class _Attempt:
             ended.set()
 
     async def _read_disks(self, copy: IncrementalCopy, choices: Mapping[str, Choice]) -> None:
-        """Every disk, several at once; the first error of the pool's side ends it."""
+        """Every disk, several at once.  Raises ``NoConsumers`` when no target is left."""
         pool = block_pool(_BUFFERS)
-        at_once = int(self._backup.settings.disk_per_vm_concurrency) or max(1, len(self._exported))
-        slots = trio.Semaphore(at_once)
-        failures: list[Exception] = []
-
-        async def one(disk: ExportedDisk) -> None:
-            try:
-                async with slots:
-                    await self._read_disk(copy, pool, disk, choices.get(disk.source_uuid))
-            except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
-                failures.append(error)
-                for fan_out in self._fan_outs:  # of this disk and of those that end with it
-                    fan_out.when_cancelled = failures[0]
-                nursery.cancel_scope.cancel("a disk cannot be read")
-
-        async with trio.open_nursery() as nursery:
-            for disk in self._exported:
-                nursery.start_soon(one, disk)
-        real = [error for error in failures if not isinstance(error, NoConsumers)]
-        if real:
-            raise real[0]
-        # the targets' own errors tell why nobody was left
+        await read_together(
+            [
+                partial(self._read_disk, copy, pool, disk, choices.get(disk.source_uuid))
+                for disk in self._exported
+            ],
+            self._fan_outs,
+            at_once=int(self._backup.settings.disk_per_vm_concurrency),
+        )
 
     async def _read_disk(
         self,
@@ -438,13 +428,4 @@ class _Attempt:
                 self._task.warning("Backup fell back to a full", {"disk": disk.source_uuid})
 
     def _bottleneck(self) -> str:
-        """The stage that the others wait for."""
-        source = sum(each.waited_source for each in self._fan_outs)
-        rate = sum(each.waited_rate for each in self._fan_outs)
-        stored = max((sum(each.waited_writers for each in self._fan_outs), 0.0))
-        slowest = max(source, rate, stored)
-        if slowest == rate and rate > 0:
-            return "maxExportRate"
-        if slowest == source:
-            return "source"
-        return "CPU" if any(target.encodes for target in self._targets) else "target"
+        return bottleneck(self._fan_outs, encodes=any(target.encodes for target in self._targets))

@@ -334,6 +334,25 @@ async def test_a_full_disk_fails_its_target_only(tmp_path: Path, remote: str) ->
         assert await restored(house, house.backups("remote2")[0], "remote2") == digests(house)
 
 
+@pytest.mark.parametrize("at_once", [0, 1])
+@pytest.mark.parametrize("room", [1000, 3 * MIB])
+async def test_a_full_disk_is_told_also_where_other_disks_were_never_read(
+    tmp_path: Path, room: int, at_once: int
+) -> None:
+    async with house_of(tmp_path, disks_per_vm=3) as house, house.faulty() as faults:
+        await back_up(house)
+        for disk in range(3):
+            change(house, 1, 7, disk=disk)
+        faults.fill_after(room)
+        outcome = await back_up(house, diskPerVmConcurrency=at_once)
+        faults.fill_after(None)
+        assert outcome.error("backup VM")["code"] == "ENOSPC"
+        assert len(house.backups()) == 1
+        again = await back_up(house)
+        assert {record["got"] for record in disk_records(again)} == {"delta"}
+        assert await restored(house, house.backups()[-1]) == digests(house)
+
+
 async def test_a_disk_that_cannot_be_read_fails_the_vm_and_leaves_nothing(tmp_path: Path) -> None:
     async with house_of(tmp_path, disks_per_vm=2) as house:
         house.pool.fail(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -11,7 +12,7 @@ import trio
 from proxy.disks.disk import block_pool
 from proxy.errors import ProxyError
 from proxy.jobs.copying import NoConsumers
-from proxy.jobs.disk_copying import DiskFanOut
+from proxy.jobs.disk_copying import DiskFanOut, bottleneck, read_together
 from proxy.jobs.incremental_metadata import ExportedDisk
 from proxy.jobs.incremental_target import IncrementalTarget
 from proxy.jobs.mirror.disks import known_sums, need_of, open_disks, refuse_strange_blocks
@@ -244,24 +245,11 @@ class _Copy:
     async def _read_disks(self) -> None:
         """Every disk, several at once; the first error of the source ends it."""
         pool = block_pool(_BUFFERS)
-        slots = trio.Semaphore(self._options.disks_at_once or max(1, len(self._disks)))
-        failures: list[Exception] = []
-
-        async def one(position: int) -> None:
-            try:
-                async with slots:
-                    await self._read_disk(position, pool)
-            except Exception as error:  # noqa: BLE001  raised below, outside of the nursery's group
-                failures.append(error)
-                for fan_out in self._fan_outs:
-                    fan_out.when_cancelled = failures[0]
-                nursery.cancel_scope.cancel("a disk cannot be read")
-
-        async with trio.open_nursery() as nursery:
-            for position in range(len(self._disks)):
-                nursery.start_soon(one, position)
-        if failures:
-            raise failures[0]
+        await read_together(
+            [partial(self._read_disk, position, pool) for position in range(len(self._disks))],
+            self._fan_outs,
+            at_once=self._options.disks_at_once,
+        )
 
     async def _read_disk(self, position: int, pool: BufferPool) -> None:
         disk, content = self._disks[position], self._contents[position]
@@ -286,15 +274,8 @@ class _Copy:
         await fan_out.run(pool)
 
     def _bottleneck(self) -> str:
-        """The stage that the others wait for."""
-        waits = {
-            "source": sum(each.waited_source for each in self._fan_outs),
-            "maxExportRate": sum(each.waited_rate for each in self._fan_outs),
-            "target": sum(each.waited_writers for each in self._fan_outs),
-        }
-        slowest = max(waits, key=lambda stage: waits[stage])
         encodes = any(each.target.target.encodes for each in self._group.members)
-        return "CPU" if slowest == "target" and encodes else slowest
+        return bottleneck(self._fan_outs, encodes=encodes)
 
 
 def _exported(disk: SourceDisk) -> ExportedDisk:
